@@ -1,0 +1,74 @@
+"""python -m tests.claims FILE --quick | --full    measure and write assets/claims/FILE.json
+python -m tests.claims --table                   write the README's table from those files"""
+
+import datetime
+import importlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+
+import torch
+
+from tests import ROOT
+
+FOLDER = ROOT / "assets" / "claims"
+
+
+def measure(name, scale, only=()):
+    """Run the rows of claim_<name>.py (those named in `only`, or all) and store what they return."""
+    module = importlib.import_module(f"tests.claims.claim_{name}")
+    path = FOLDER / f"{name}.json"
+    stored = json.loads(path.read_text())["rows"] if path.exists() else {}
+    for row in module.ROWS:
+        if only and row.__name__ not in only:
+            continue
+        start = time.perf_counter()
+        result = row(scale)
+        if result is None:
+            print(f"{row.__name__}: skipped, what it needs is not here")
+            continue
+        stored[row.__name__] = {**result, "scale": scale, "seconds": round(time.perf_counter() - start),
+                                "hardware": hardware(), "date": datetime.date.today().isoformat(),
+                                "command": f"python -m tests.claims {name} --{scale}"}
+        print(f"{row.__name__}: {result['measured']} -- {result['verdict']}", flush=True)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"file": name, "rows": stored}, indent=1, ensure_ascii=False) + "\n")
+
+
+def hardware():
+    """What the figures were measured on, in a few words."""
+    chip = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return f"{chip}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def table():
+    """The README's claims table, from all of assets/claims/*.json."""
+    lines = ["| file | claim | paper | measured here | verdict |", "| --- | --- | --- | --- | --- |"]
+    for path in sorted(FOLDER.glob("*.json")):
+        for row in json.loads(path.read_text())["rows"].values():
+            lines.append(f"| {path.stem.split('_')[0]} | {row['claim']} | {row['paper']} | {row['measured']} "
+                         f"({row['scale']}) | {row['verdict']} |")
+    return "\n".join(lines)
+
+
+def write_table():
+    """Put the table between the README's markers."""
+    path = ROOT / "README.md"
+    text = re.sub(r"(<!-- claims -->\n).*(<!-- /claims -->)", lambda m: m[1] + table() + "\n" + m[2],
+                  path.read_text(), flags=re.S)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    names = [path.stem.removeprefix("claim_") for path in sorted((ROOT / "tests/claims").glob("claim_*.py"))]
+    if words == ["--table"]:
+        write_table()
+    elif len(words) >= 2 and words[0] in names and words[1] in ("--quick", "--full"):
+        measure(words[0], words[1].removeprefix("--"), words[2:])
+        write_table()
+    else:
+        sys.exit(f"{__doc__}\nFILE: {', '.join(names)}; row names after it run these rows alone")

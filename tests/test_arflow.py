@@ -1,0 +1,630 @@
+"""ARFlow: the invariants of the digest's section 7, the authors' own numbers, and the command line's promises.
+
+Oracles are written from the formulas (token loops, masked matrices, closed forms), not from the code under test.
+"""
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import arflow
+import common
+from tests import ROOT, shared
+from tests.official import arflow as convert_official
+from tests.official import read_official
+
+torch.set_default_dtype(torch.float32)
+
+
+def config(**changes):
+    """A small configuration of the paper's model."""
+    small = dict(size=6, patch=2, width=32, depth=2, heads=2, images=4)
+    return dataclasses.replace(arflow.Config(), **{**small, **changes})
+
+
+def network(seed=0, channels=3, classes=5, **changes):
+    """A float64 model with every zero-initialised weight made random, so that nothing hides."""
+    torch.manual_seed(seed)
+    model = arflow.ARFlow(config(**changes), channels, classes).double()
+    for p in model.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def core(B=2, n=4, H=2, N=5, d=4, seed=0):
+    """Random q, k (already scaled), v, log gates and an empty state, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, n, H, N, d, generator=g, dtype=torch.float64) for _ in range(3))
+    l = F.logsigmoid(torch.randn(B, n, H, N, generator=g, dtype=torch.float64)) / 4
+    return q, k / math.sqrt(d), v, l, torch.zeros(B, H, d, d, dtype=torch.float64)
+
+
+def sequence(B=2, n=4, C=3, side=6, K=5, seed=1):
+    """Images, sorted times, labels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(B, n, C, side, side, generator=g, dtype=torch.float64)
+    t = torch.rand(B, n, generator=g, dtype=torch.float64).sort(1).values
+    return x, t, torch.randint(K, (B,), generator=g)
+
+
+def token_loop(q, k, v, l, query_decay=True):
+    """A15 to A18 read literally, one number at a time: lists, sums and exponentials only."""
+    B, n, H, N, d = q.shape
+    out = torch.zeros_like(q)
+    for b in range(B):
+        for h in range(H):
+            S = torch.zeros(d, d, dtype=q.dtype)
+            for m in range(n):
+                for i in range(N):
+                    weights = torch.stack([q[b, m, h, i] @ k[b, m, h, j] for j in range(N)]).exp()
+                    inside = sum(weights[j] * v[b, m, h, j] for j in range(N)) / weights.sum()
+                    decay = l[b, m, h, :i + 1].sum().exp() if query_decay else 1.0
+                    out[b, m, h, i] = inside + decay * (q[b, m, h, i] @ S)
+                S = S * l[b, m, h].mean().exp() + sum(torch.outer(k[b, m, h, j], v[b, m, h, j]) for j in range(N))
+    return out
+
+
+# --- The authors' numbers ------------------------------------------------------
+
+def official_model(dtype):
+    """The authors' small model (shared reference outputs), converted by the same code as a published checkpoint."""
+    weights = read_official(shared("goldens", "arflow", "06_model_weights_f32.npz"))
+    fields, state = convert_official(weights, {})
+    golden = np.load(shared("goldens", "arflow", "06_model_f64.npz"))
+    cfg = dataclasses.replace(arflow.Config(), **fields)
+    model = arflow.ARFlow(cfg, int(golden["cfg_in_channels"]), int(golden["cfg_num_classes"]))
+    model.load_state_dict(state["ema"])
+    model = model.to(dtype)
+    model.positions = arflow.position_table(cfg.size // cfg.patch, cfg.width).to(dtype)
+    numbers = {name: torch.from_numpy(golden[name]) for name in golden.files if golden[name].ndim}
+    return model, {name: x.to(dtype) if x.is_floating_point() else x for name, x in numbers.items()}
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-6), (torch.float32, 2e-5)])
+def test_official_outputs_and_states(dtype, atol):
+    model, g = official_model(dtype)
+    with torch.no_grad():
+        out, states = model(g["x"], g["t"], g["y"])
+        torch.testing.assert_close(out, g["out"], atol=atol, rtol=0)
+        torch.testing.assert_close(torch.stack(states), g["final_states"], atol=atol, rtol=1e-6)
+        null, _ = model(g["x"], g["t"], torch.full_like(g["y"], model.classes))
+        torch.testing.assert_close(null, g["out_null_label"], atol=atol, rtol=0)
+        carried, stream, alone = None, [], []
+        for m in range(g["x"].shape[1]):
+            one = slice(m, m + 1)
+            v, carried = model(g["x"][:, one], g["t"][:, one], g["y"], carried)
+            stream.append(v)
+            alone.append(model(g["x"][:, one], g["t"][:, one], g["y"])[0])
+    torch.testing.assert_close(torch.cat(stream, 1), g["out_stream"], atol=atol, rtol=0)
+    torch.testing.assert_close(torch.cat(alone, 1), g["out_each_image_alone"], atol=atol, rtol=0)
+
+
+def test_official_embeddings():
+    model, g = official_model(torch.float64)
+    c = model.label(g["y"])[:, None] + model.time(arflow.time_waves(g["t"]))
+    torch.testing.assert_close(c, g["cond_c"], atol=1e-6, rtol=0)
+    tokens = model.embed(g["x"].flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (2, 5))
+    torch.testing.assert_close(tokens, g["tokens"], atol=1e-12, rtol=0)
+
+
+def test_position_table_equals_the_official_one():
+    weights = np.load(shared("goldens", "arflow", "06_model_weights_f32.npz"))
+    ours = arflow.position_table(3, 48)
+    torch.testing.assert_close(ours, torch.from_numpy(weights["pos_embed"][0]).double(), atol=1e-6, rtol=0)
+
+
+# --- Section 7 of the digest ---------------------------------------------------
+
+def test_invariant_01_zero_at_initialisation():
+    torch.manual_seed(0)
+    model = arflow.ARFlow(config(), 3, 5).double()
+    x1, t, y = sequence()
+    x0 = torch.randn_like(x1)
+    assert not model(x1, t, y)[0].any()
+    value = arflow.loss(model, (x1, y), (t, x0, torch.zeros(2, dtype=torch.bool)))
+    torch.testing.assert_close(value, (x1 - x0).square().mean(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("j", range(4))
+def test_invariant_02_causality(j):
+    model, (x, t, y) = network(), sequence()
+    changed = x.clone()
+    changed[:, j] += torch.randn_like(changed[:, j])
+    before, after = model(x, t, y)[0], model(changed, t, y)[0]
+    moved = (before - after).abs().amax((0, 2, 3, 4))
+    assert (moved[:j] == 0).all() and (moved[j:] > 0).all()
+
+
+@pytest.mark.parametrize("query_decay", [True, False])
+def test_invariant_03_loop_equals_matrix_equals_definition(query_decay):
+    q, k, v, l, S = core()
+    leaves = [x.requires_grad_() for x in (q, k, v, l)]
+    weight = torch.randn_like(v)
+    loop = arflow.hybrid(q, k, v, l, S, query_decay)[0]
+    matrix = arflow.hybrid_matrix(q, k, v, l, query_decay=query_decay)
+    literal = token_loop(q, k, v, l, query_decay)
+    torch.testing.assert_close(loop, matrix, atol=1e-12, rtol=0)
+    torch.testing.assert_close(loop, literal, atol=1e-12, rtol=0)
+    for out in (matrix, literal):
+        for ours, theirs in zip(torch.autograd.grad((loop * weight).sum(), leaves, retain_graph=True),
+                                torch.autograd.grad((out * weight).sum(), leaves)):
+            torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+def test_invariant_03_in_float32():
+    q, k, v, l, S = (x.float() for x in core(N=16, d=8))
+    loop, matrix = arflow.hybrid(q, k, v, l, S)[0], arflow.hybrid_matrix(q, k, v, l)
+    assert ((loop - matrix).norm() / matrix.norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("split", [(1, 1, 1, 1), (2, 2), (3, 1), (1, 3)])
+def test_invariant_04_streaming(split):
+    model, (x, t, y) = network(), sequence()
+    whole, final = model(x, t, y)
+    states, parts = None, []
+    for xs, ts in zip(x.split(split, 1), t.split(split, 1)):
+        out, states = model(xs, ts, y, states)
+        parts.append(out)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-10, rtol=0)
+    torch.testing.assert_close(torch.stack(states), torch.stack(final), atol=1e-10, rtol=0)
+
+
+def test_invariant_05_first_image_is_plain_softmax_attention():
+    q, k, v, l, S = core()
+    d = q.shape[-1]
+    out = arflow.hybrid(q[:, :1], k[:, :1], v[:, :1], l[:, :1], S)[0]
+    plain = (q[:, :1] @ (k[:, :1] * math.sqrt(d)).mT / math.sqrt(d)).softmax(-1) @ v[:, :1]
+    torch.testing.assert_close(out, plain, atol=1e-12, rtol=0)
+    model, (x, t, y) = network(), sequence()
+    torch.testing.assert_close(model(x, t, y)[0][:, :1], model(x[:, :1], t[:, :1], y)[0], atol=1e-12, rtol=0)
+
+
+def test_invariant_06_closed_and_open_gates():
+    q, k, v, l, S = core()
+    closed = arflow.hybrid(q, k, v, torch.full_like(l, -1e4), S)[0]
+    torch.testing.assert_close(closed, (q @ k.mT).softmax(-1) @ v, atol=1e-12, rtol=0)
+    opened, state = arflow.hybrid(q, k, v, torch.zeros_like(l), S)
+    torch.testing.assert_close(state, torch.einsum("bmhnd,bmhne->bhde", k, v), atol=1e-12, rtol=0)
+    no_decay = arflow.hybrid(q, k, v, torch.zeros_like(l), S, query_decay=False)[0]
+    torch.testing.assert_close(opened, no_decay, atol=1e-14, rtol=0)           # exp(G) = 1
+
+
+def test_invariant_07_one_token_images():
+    q, k, v, l, S = core(N=1)
+    out, final = arflow.hybrid(q, k, v, l, S)
+    for m in range(q.shape[1]):
+        read = l[:, m].exp()[..., None] * (q[:, m] @ S)
+        torch.testing.assert_close(out[:, m], v[:, m] + read, atol=1e-12, rtol=0)
+        S = l[:, m].exp()[..., None] * S + k[:, m].mT @ v[:, m]
+    torch.testing.assert_close(final, S, atol=1e-12, rtol=0)
+
+
+def test_invariant_08_token_permutations():
+    q, k, v, l, S = core(N=6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    past = [x.clone() for x in (q, k, v, l)]
+    for x in past:
+        x[:, 1] = x[:, 1][:, :, order]
+    torch.testing.assert_close(arflow.hybrid(*past, S)[0][:, 2:], arflow.hybrid(q, k, v, l, S)[0][:, 2:],
+                               atol=1e-12, rtol=0)
+    last = [x.clone() for x in (q, k, v, l)]
+    for x in last:
+        x[:, -1] = x[:, -1][:, :, order]
+    moved = {decay: (arflow.hybrid(*last, S, decay)[0][:, -1]
+                     - arflow.hybrid(q, k, v, l, S, decay)[0][:, -1][:, :, order]).abs().max() for decay in (True, False)}
+    assert moved[True] > 1e-2 and moved[False] < 1e-12
+
+
+def test_invariant_09_the_matrix_from_one_hot_values():
+    n, N = 3, 4
+    q, k, _, l, _ = core(B=1, n=n, H=1, N=N)
+    S = torch.zeros(1, 1, q.shape[-1], n * N, dtype=torch.float64)
+    v = torch.eye(n * N, dtype=torch.float64).view(1, n, 1, N, n * N)
+    M = arflow.hybrid(q, k, v, l, S)[0].reshape(n * N, n * N)
+    mean, G = l[0, :, 0].mean(-1), l[0, :, 0].cumsum(-1)
+    for i in range(n * N):
+        for j in range(n * N):
+            r, s = i // N, j // N
+            qk = (q[0, r, 0, i % N] @ k[0, s, 0, j % N]).item()
+            if s > r:
+                assert M[i, j] == 0
+            elif s < r:
+                decay = math.exp(G[r, i % N] + mean[s + 1:r].sum())
+                assert math.isclose(M[i, j], qk * decay, abs_tol=1e-12)
+    blocks = torch.stack([M[m * N:(m + 1) * N, m * N:(m + 1) * N].sum(-1) for m in range(n)])
+    torch.testing.assert_close(blocks, torch.ones_like(blocks), atol=1e-12, rtol=0)
+
+
+def test_invariant_10_the_last_gate():
+    q, k, v, l, S = core()
+    l.requires_grad_()
+    out, state = arflow.hybrid(q, k, v, l, S, query_decay=False)
+    grad = torch.autograd.grad(out.sum(), l, retain_graph=True)[0]
+    assert not grad[:, -1].any() and grad[:, 1].any()
+    again = torch.autograd.grad(out.sum() + 0 * state.sum(), l)[0]
+    torch.testing.assert_close(grad, again, atol=0, rtol=0)
+
+
+def test_invariant_11_times_are_sorted_uniforms():
+    class Images:
+        classes, latent = ["a"], False
+        by_class = [np.arange(20)]
+
+        def pixels(self, index):
+            return torch.zeros(len(index), 1, 1, 1)
+
+    cfg = config(images=5, batch=40_000)
+    (x1, y), (t, x0, drop) = arflow.draw(Images(), cfg, 0, torch.device("cpu"))
+    assert (t[:, 1:] >= t[:, :-1]).all() and x0.shape == (40_000, 5, 1, 1, 1)
+    i = torch.arange(1, 6)
+    assert ((t.mean(0) - i / 6).abs() < 0.004).all() and ((t.var(0) - i * (6 - i) / 252).abs() < 0.001).all()
+    assert abs(drop.float().mean() - 0.1) < 0.01
+    noise = x0.flatten(1)
+    assert (torch.corrcoef(torch.cat([noise, t], 1).T).triu(1)[:, 5:].abs()[:5].max()) < 0.03   # noise knows no time
+
+
+def test_invariant_12_path():
+    x1, t, _ = sequence()
+    x0 = torch.randn_like(x1)
+    x, u = arflow.interpolate(x1, x0, t)
+    s = t[:, :, None, None, None]
+    torch.testing.assert_close(x + (1 - s) * u, x1, atol=1e-12, rtol=0)
+    torch.testing.assert_close(x - s * u, x0, atol=1e-12, rtol=0)
+    assert torch.equal(arflow.interpolate(x1, x0, torch.zeros_like(t))[0], x0)
+    assert torch.equal(arflow.interpolate(x1, x0, torch.ones_like(t))[0], x1)
+
+
+class Gaussian(torch.nn.Module):
+    """The exact velocity for data N(0, s^2), and a record of the calls, in the place of the network."""
+
+    def __init__(self, s, side=100, v=None):
+        super().__init__()
+        self.s, self.patch, self.channels, self.classes, self.calls = s, 1, 1, 10, []
+        self.register_buffer("positions", torch.zeros(side * side, 1))
+
+    def forward(self, x, t, y, states):
+        self.calls.append((float(t[0, 0]), y.clone(), states))
+        t = t[..., None, None, None]
+        return (t * self.s ** 2 - (1 - t)) * x / (t ** 2 * self.s ** 2 + (1 - t) ** 2), [len(self.calls)]
+
+
+def test_invariant_13_drift():
+    g = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 1000, generator=g, dtype=torch.float64)
+    for t in np.linspace(0, 0.96, 7):
+        score = (t * v - x) / (1 - t)
+        torch.testing.assert_close(v + (1 - t) * score, (1 + t) * v - x, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("context", ["carry", "reset"])
+def test_invariant_14_time_grid_calls_and_state(context):
+    model = Gaussian(1.0, side=2)
+    _, way = arflow.sample(model, torch.zeros(1, dtype=torch.long), torch.Generator().manual_seed(0), 6, context=context)
+    assert np.allclose([t for t, _, _ in model.calls], np.linspace(0, 0.96, 6), atol=1e-7) and len(way) == 7
+    states = [state for _, _, state in model.calls]
+    assert states == ([None] + [[i] for i in range(1, 6)] if context == "carry" else [None] * 6)
+
+
+def test_sampler_first_and_last_step_by_value():
+    model, y = Gaussian(2.0, side=3), torch.zeros(2, dtype=torch.long)
+    x, way = arflow.sample(model, y, torch.Generator().manual_seed(3), 3)
+    g = torch.Generator().manual_seed(3)
+    start = torch.randn(2, 1, 3, 3, generator=g)
+    assert torch.equal(way[0], start)
+    dt = 0.48
+    first = start + dt * (-start - start) + math.sqrt(2 * dt) * torch.randn(2, 1, 3, 3, generator=g)   # v(x, 0) = -x
+    torch.testing.assert_close(way[1], first, atol=1e-6, rtol=0)
+    t, before = 0.96, way[2]
+    v = (t * 4 - (1 - t)) * before / (t * t * 4 + (1 - t) ** 2)
+    torch.testing.assert_close(x, before + 0.04 * ((1 + t) * v - before), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("calls, s, expected", [
+    (250, 1.0, 0.990505), (250, 0.5, 0.244375), (250, 2.0, 3.964509),
+    (6, 1.0, 0.839656), (6, 0.5, 0.237264), (6, 2.0, 2.861641)])
+def test_invariant_15_final_variance_of_the_exact_solution(calls, s, expected):
+    x, _ = arflow.sample(Gaussian(s, side=300), torch.zeros(1, dtype=torch.long),
+                         torch.Generator().manual_seed(calls), calls)
+    assert abs(x.var().item() / expected - 1) < 0.02
+
+
+def test_invariant_16_guidance():
+    model, (x, _, y) = network(channels=4), sequence(C=4)
+    x, null = x[:, 0], torch.full_like(sequence()[2], model.classes)
+    t = torch.full((2, 1), 0.3, dtype=torch.float64)
+    conditional = model(x[:, None], t, y)[0][:, 0]
+    free = model(x[:, None], t, null)[0][:, 0]
+    assert torch.equal(arflow.guide(model, x, 0.3, y, None, 1, 4)[0], conditional)
+    for guided in (3, 4):
+        v = arflow.guide(model, x, 0.3, y, None, 2.5, guided)[0]
+        expected = conditional.clone()
+        expected[:, :guided] = (free + 2.5 * (conditional - free))[:, :guided]
+        torch.testing.assert_close(v, expected, atol=1e-12, rtol=0)
+    same = arflow.guide(model, x, 0.3, null, None, 7.0, 4)[0]
+    torch.testing.assert_close(same, free, atol=1e-12, rtol=0)
+
+
+def test_invariant_17_branches_keep_their_own_states():
+    model, (x, _, y) = network(), sequence(B=3)
+    y, x = torch.tensor([1, 1, 2]), x[:, 0].clone()
+    x[1] = x[0]
+    _, states = arflow.guide(model, x, 0.2, y, None, 2.0, 3)
+    S = torch.stack(states)                                                     # rows: 3 conditional, 3 free
+    assert S.shape[1] == 6
+    torch.testing.assert_close(S[:, 0], S[:, 1], atol=1e-12, rtol=0)
+    torch.testing.assert_close(S[:, 3], S[:, 4], atol=1e-12, rtol=0)
+    assert (S[:, 0] - S[:, 3]).abs().max() > 1e-3
+    order = torch.tensor([2, 0, 1])
+    _, moved = arflow.guide(model, x[order], 0.2, y[order], None, 2.0, 3)
+    torch.testing.assert_close(torch.stack(moved)[:, :3], S[:, :3][:, order], atol=1e-12, rtol=0)
+
+
+def test_invariant_18_state_size_is_constant_and_each_call_folds_once():
+    model, (x, t, y) = network(depth=3), sequence()
+    states = None
+    for m in range(4):
+        _, states = model(x[:, m:m + 1], t[:, m:m + 1], y, states)
+        assert sum(S[0].numel() for S in states) == 3 * 2 * 16 * 16
+    torch.testing.assert_close(torch.stack(states), torch.stack(model(x, t, y)[1]), atol=1e-10, rtol=0)
+
+
+def attention(seed=0, D=32, H=2):
+    """One attention module in float64 and unit-scale inputs for it."""
+    torch.manual_seed(seed)
+    module = arflow.Attention(D, H, True).double()
+    x, c = torch.randn(2, 3, 9, D, dtype=torch.float64), torch.randn(2, 3, D, dtype=torch.float64)
+    return module, x, c, torch.zeros(2, H, D // H, D // H, dtype=torch.float64)
+
+
+def test_invariant_19_output_norm_and_scales():
+    module, x, c, S = attention()
+    heads = []
+    handle = module.out.register_forward_pre_hook(lambda _, args: heads.append(args[0] / F.silu(module.z(x))))
+    before = module(x, c, S)[0]
+    handle.remove()
+    rms = heads[0].unflatten(-1, (2, 16)).square().mean(-1).sqrt()
+    assert (rms - 1).abs().max() < 1e-4
+    for name, changes in (("q", False), ("k", False), ("v", False), ("z", True), ("gate", True), ("out", True)):
+        for a in (0.5, 2.0):
+            scaled = copy.deepcopy(module)
+            getattr(scaled, name).weight.data *= a
+            difference = (scaled(x, c, S)[0] - before).abs().max()
+            assert difference > 1e-3 if changes else difference < 1e-4, name
+
+
+def test_invariant_20_norm_over_the_full_width(monkeypatch):
+    module, x, c, S = attention()
+    seen = {}
+    original = arflow.hybrid
+    monkeypatch.setattr(arflow, "hybrid", lambda q, k, v, *rest: seen.update(q=q, k=k, v=v) or original(q, k, v, *rest))
+    module(x, c, S)
+    for name, scale in (("q", 1.0), ("k", 16 ** -0.5), ("v", 1.0)):
+        squares = (seen[name] / scale).square().sum(-1)                         # (B, n, H, N)
+        torch.testing.assert_close(squares.sum(2), torch.full_like(squares[:, :, 0], 32.0), rtol=1e-3, atol=0)
+        assert (squares - 16).abs().max() > 1                                   # but not d a head
+
+
+PUBLISHED = {"ARFlow-S/2@256": 34_643_744, "ARFlow-B/2@256": 137_467_424, "ARFlow-L/2@256": 483_301_408,
+             "ARFlow-XL/2@256": 712_445_216, "ARFlow-XL/4@256": 712_546_688, "ARFlow-XL/8@256": 713_210_624}
+
+
+@pytest.mark.parametrize("preset, count", PUBLISHED.items())
+def test_invariant_21_parameter_counts(preset, count):
+    cfg = dataclasses.replace(arflow.Config(), **arflow.PRESETS[preset])
+    with torch.device("meta"):
+        model = arflow.ARFlow(cfg, 4, 1000)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert not model.positions.requires_grad and model.positions.shape == ((cfg.size // cfg.patch) ** 2, cfg.width)
+
+
+def test_invariant_21_optimizer_groups():
+    model = network()
+    decayed, plain = arflow.optimizer(model, config()).param_groups
+    assert decayed["weight_decay"] == 0.02 and all(p.ndim >= 2 for p in decayed["params"])
+    assert plain["weight_decay"] == 0 and all(p.ndim == 1 for p in plain["params"])
+    assert any(p is model.label.weight for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_invariant_22_label_dropout_is_per_sequence():
+    model, (x1, t, y) = network(), sequence()
+    x0 = torch.randn_like(x1)
+    x, u = arflow.interpolate(x1, x0, t)
+    drop = torch.tensor([True, False])
+    labels = torch.tensor([model.classes, y[1]])
+    expected = (model(x, t, labels)[0] - u).square().mean()
+    torch.testing.assert_close(arflow.loss(model, (x1, y), (t, x0, drop)), expected, rtol=1e-14, atol=0)
+
+
+def test_invariant_23_loss_is_the_mean_over_images():
+    model, (x1, t, y) = network(), sequence()
+    x0, keep = torch.randn_like(x1), torch.zeros(2, dtype=torch.bool)
+    x, u = arflow.interpolate(x1, x0, t)
+    errors = (model(x, t, y)[0] - u).square().mean((0, 2, 3, 4))
+    value = arflow.loss(model, (x1, y), (t, x0, keep))
+    torch.testing.assert_close(value, errors.sum() / 4, rtol=1e-13, atol=0)
+    one = arflow.loss(model, (x1[:, :1], y), (t[:, :1], x0[:, :1], keep))
+    torch.testing.assert_close(one, errors[0], rtol=1e-12, atol=0)
+
+
+def test_invariant_24_unused_outputs_have_no_gradient():
+    model, (x1, t, y) = network(), sequence()
+    arflow.loss(model, (x1, y), (t, torch.randn_like(x1), torch.zeros(2, dtype=torch.bool))).backward()
+    rows = model.out.weight.grad.view(2, 2, 6, -1)                              # row, column, 2C channels
+    assert not rows[:, :, 3:].any() and rows[:, :, :3].any(-1).all()
+
+
+# --- What a careless version gets wrong ----------------------------------------
+
+def test_gradient_flows_through_the_state_into_earlier_images():
+    model, (x, t, y) = network(), sequence()
+    x.requires_grad_()
+    grad = torch.autograd.grad(model(x, t, y)[0][:, 3].sum(), x)[0]
+    assert all(grad[:, m].abs().max() > 0 for m in range(4))
+
+
+def test_sequences_hold_different_images_of_one_class_with_own_flips():
+    class Images:
+        classes, latent = list("abcd"), False
+        by_class = [np.arange(k, 400, 4) for k in range(4)]
+
+        def pixels(self, index):
+            index = torch.as_tensor(index, dtype=torch.float32)[:, None, None, None]
+            return torch.cat([index, index + 0.25], -1)                         # left and right column differ
+
+    cfg = config(images=5, batch=200)
+    (x1, y), (t, x0, drop) = arflow.draw(Images(), cfg, 3, torch.device("cpu"))
+    number = x1.amin((2, 3, 4))
+    assert all(len(set(row.tolist())) == 5 for row in number)                   # n distinct images
+    assert (number % 4 == y[:, None]).all() and len(set(y.tolist())) == 4       # of the label's class
+    flipped = x1[:, :, 0, 0, 0] > x1[:, :, 0, 0, 1]
+    assert 0.45 < flipped.float().mean() < 0.55 and (flipped.any(1) & ~flipped.all(1)).any()
+    assert len({tuple(row.tolist()) for row in t}) == 200
+    again = arflow.draw(Images(), cfg, 3, torch.device("cpu"))
+    assert torch.equal(again[0][0], x1) and not torch.equal(arflow.draw(Images(), cfg, 4, torch.device("cpu"))[0][0], x1)
+
+
+def test_latents_are_drawn_from_the_posterior_afresh():
+    class Latents:
+        classes, latent, scale = ["a"], True, 0.5
+        by_class, images = [np.arange(6)], np.zeros((6, 2, 3, 3), np.float32)
+
+        def latents(self, index, flip, noise):
+            assert noise.shape == (len(index), 2, 3, 3) and flip.shape == (len(index),)
+            return noise
+
+    cfg = config(images=5, batch=2)
+    a, b = (arflow.draw(Latents(), cfg, step, torch.device("cpu"))[0][0] for step in (0, 1))
+    assert a.shape == (2, 5, 2, 3, 3) and not torch.equal(a, b) and a.flatten(0, 1).std(0).min() > 0
+
+
+def test_sit_baseline_is_plain_attention():
+    model, (x, t, y) = network(block="sit", images=1), sequence(n=1)
+    names = {name for name, _ in model.blocks[0].attention.named_parameters()}
+    assert names == {"qkv.weight", "qkv.bias", "out.weight", "out.bias"}
+    module, h = model.blocks[0].attention, torch.randn(2, 1, 9, 32, dtype=torch.float64)
+    q, k, v = (part.view(2, 9, 2, 16).transpose(1, 2) for part in (h[:, 0] @ module.qkv.weight.T + module.qkv.bias).chunk(3, -1))
+    o = ((q @ k.mT / 4).softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 32)
+    expected = o @ module.out.weight.T + module.out.bias
+    torch.testing.assert_close(module(h, None, None)[0][:, 0], expected, atol=1e-12, rtol=0)
+    count = sum(p.numel() for p in model.blocks[0].parameters())
+    assert count == 18 * 32 ** 2 + 15 * 32                                      # digest 3
+
+
+def test_learning_rate_is_constant_unless_asked():
+    cfg = config(steps=100)
+    assert {arflow.learning_rate(cfg, step) for step in range(100)} == {cfg.lr}
+    short = config(steps=100, warmup=10, cooldown=0.5, lr=1.0)
+    rates = [arflow.learning_rate(short, step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[50] == 1.0 and 0.02 < rates[-1] < 0.05
+    assert all(a >= b for a, b in zip(rates[50:], rates[51:]))
+
+
+def test_conversion_writes_a_checkpoint_that_sample_reads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    from tests import official
+    weights = shared("goldens", "arflow", "06_model_weights_f32.npz")
+    official.main(["arflow", str(weights), "official.pt"])
+    run("--sample", "official.pt", "--count", "4", "--calls", "2")
+    pack = np.load("samples/latents.npz")
+    assert pack["latents"].shape == (4, 4, 6, 6) and math.isclose(pack["scale"], 0.18215, rel_tol=1e-6)
+
+
+# --- Command line --------------------------------------------------------------
+
+def run(*argv):
+    """arflow.py with these arguments, in this process."""
+    common.launch(arflow.main, common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, list(argv)))
+
+
+TINY = ["--size", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "2", "--batch", "2", "--calls", "2"]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--size", "9"], "--patch 2: must divide --size 9"),
+    (["--width", "66", "--heads", "4"], "--heads 4: must divide --width 66"),
+    (["--width", "18"], "multiple of 4"),
+    (["--block", "sit"], "--images 1"),
+    (["--block", "what"], "invalid choice"),
+    (["--images", "0"], "--images 0"),
+    (["--images", "3000"], "has only 2000"),
+    (["--calls", "1"], "at least 2"),
+    (["--classes", "a"], "--classes a"),
+    (["--label_dropout", "1.5"], "[0, 1]"),
+    (["--export", "x.npz"], "--sample"),
+    (["--data", "npz:nowhere.npz"], "nowhere.npz"),
+    (["--data", "latents:nowhere.npz"], "nowhere.npz"),
+    (["--sample", "nowhere.pt"], "nowhere.pt"),
+    (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
+])
+def test_bad_input_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of one tiny finished run."""
+    where = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        run(*TINY)
+    return where / "runs" / "arflow" / "demo"
+
+
+def test_a_run_leaves_its_folder(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "arflow.py", "log.jsonl", "loss.svg", "last.pt", "samples.png", "trajectory.png",
+            "denoising.png"} <= names
+    assert (trained / "arflow.py").read_text() == (ROOT / "arflow.py").read_text()
+
+
+def test_sample_writes_grids_and_the_export(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = (trained / "last.pt").read_bytes()
+    run("--sample", str(trained / "last.pt"), "--classes", "3,5", "--count", "6", "--seed", "4", "--export", "out.npz")
+    images = np.load("out.npz")["arr_0"]
+    assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8
+    assert {"samples.png", "trajectory.png"} <= {path.name for path in (trained / "samples").iterdir()}
+    first = images.copy()
+    for seed, same in (("4", True), ("5", False)):
+        run("--sample", str(trained / "last.pt"), "--classes", "3,5", "--count", "6", "--seed", seed, "--export", "b.npz")
+        assert np.array_equal(np.load("b.npz")["arr_0"], first) == same
+    assert (trained / "last.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--preset", "small"], "--preset small"), (["--width", "32"], "--width 32"), (["--classes", "10"], "0 to 9")])
+def test_sample_refuses_what_contradicts_the_checkpoint(argv, words, trained, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--sample", str(trained / "last.pt"), *argv)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [
+    ["--images", "1"], ["--block", "sit", "--images", "1"], ["--no-query_decay"], ["--context", "reset"],
+    ["--flip"], ["--scale", "1"], ["--guided", "2"], ["--classes", "1,2"], ["--bf16"], ["--warmup", "1"]])
+def test_every_option_trains(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*TINY, *argv)
+    assert (tmp_path / "runs/arflow/demo/samples.png").exists()
+
+
+def test_latents_train_sample_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    g = np.random.default_rng(0)
+    pack = {name: g.normal(size=(20, 4, 4, 4)).astype(np.float16) for name in ("latents", "logvar", "latents_flip", "logvar_flip")}
+    np.savez("pack.npz", labels=np.arange(20) % 2, scale=np.float32(0.5), **pack)
+    run(*TINY, "--data", "latents:pack.npz", "--size", "4")
+    run("--sample", "runs/arflow/demo/last.pt", "--count", "4")
+    back = np.load("runs/arflow/demo/samples/latents.npz")
+    assert back["latents"].shape == (4, 4, 4, 4) and back["scale"] == 0.5 and back["labels"].tolist() == [0, 1, 0, 1]

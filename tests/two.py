@@ -1,0 +1,21 @@
+"""python -m tests.two METHOD [flags]: the method's main in float64, so that 1 and 2 processes can be compared."""
+
+import importlib
+import sys
+
+import torch
+
+import common
+
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+module = importlib.import_module(sys.argv[1])
+check, prepare = module.check, module.prepare
+
+
+def main(cfg):
+    return module.main(cfg)
+
+
+if __name__ == "__main__":
+    common.launch(main, common.cli(module.Config, module.PRESETS, module.__doc__, sys.argv[2:]))
