@@ -11,7 +11,7 @@ pictures in training and the picture's own past in sampling: a mismatch by desig
        velocity 1              velocity 2              velocity n
 
 Run:      python arflow.py                          demo: learns to draw shapes in 3 minutes, leaves pictures
-          python arflow.py --batch 4 --gpus 2       the same in two processes
+          python arflow.py --gpus 2                 the same in two processes
           python arflow.py --preset small           CIFAR-10, one GPU
           python arflow.py --preset ARFlow-XL/2@256 --data latents:imagenet256.npz --gpus 8
           python arflow.py --sample runs/arflow/demo/last.pt --classes 6,9 --scale 3
@@ -29,6 +29,8 @@ Read in this order: hybrid, Attention, Block, ARFlow, draw, loss, sample, train.
 
 import copy
 import json
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -70,7 +72,7 @@ class Config:
     scale: float = 1.5                               # classifier-free guidance; 1 is none
     guided: int = 0                                  # guided channels; 0: all of pixels, 3 of latents
     context: Literal["carry", "reset"] = "carry"     # keep S along the trajectory, or forget it at every call
-    classes: str = "all"                             # labels to sample, as 3,5; all is every class in turn
+    classes: str = "all"                             # with --sample: labels as 3,5; all: each in turn
     count: int = 1000                                # images sampled for the metric or by --sample
     export: str = ""                                 # with --sample: also write this .npz, for FID tools
     seed: int = 0                                    # every random number is a function of (seed, step)
@@ -109,26 +111,30 @@ TARGET = 0.0                                         # the demo's class accuracy
 def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     need = common.need
-    minimum = dict(patch=1, depth=1, heads=1, images=1, count=1, calls=2, warmup=0, scale=0, guided=0)
+    minimum = dict(size=1, patch=1, width=4, depth=1, heads=1, images=1, count=1, calls=2, warmup=0, guided=0)
     for name, least in minimum.items():
         need(getattr(cfg, name) >= least, f"--{name} {getattr(cfg, name)}: must be at least {least}")
     for name in ("label_dropout", "cooldown", "ema"):
         need(0 <= getattr(cfg, name) <= 1, f"--{name} {getattr(cfg, name)}: must lie in [0, 1]")
     need(cfg.clip > 0, f"--clip {cfg.clip}: must be above 0")
+    need(0 <= cfg.scale < math.inf, f"--scale {cfg.scale}: must be a number from 0 up")
     need(cfg.size % cfg.patch == 0, f"--patch {cfg.patch}: must divide --size {cfg.size}")
     need(cfg.width % cfg.heads == 0, f"--heads {cfg.heads}: must divide --width {cfg.width}")
     need(cfg.width % 4 == 0, f"--width {cfg.width}: must be a multiple of 4 (the position table)")
     need(cfg.block == "arflow" or cfg.images == 1, "--block sit: has no context; add --images 1")
-    digits = cfg.classes.replace(",", "").isdecimal()
-    need(digits or cfg.classes == "all", f"--classes {cfg.classes}: write all, or labels as 3,5")
+    form = re.fullmatch(r"all|\d+(,\d+)*", cfg.classes)
+    need(form, f"--classes {cfg.classes}: write all, or labels as 3,5")
+    need(cfg.sample or cfg.classes == "all", f"--classes {cfg.classes}: goes with --sample CHECKPOINT")
     need(cfg.sample or not cfg.export, f"--export {cfg.export}: goes with --sample CHECKPOINT")
 
 
 def open_split(cfg, split, count=20_000):
     """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
     found = data.open_data(cfg.data, split, size=cfg.size, count=count)
-    side = found.images.shape[-1]
-    common.need(side == cfg.size, f"--size {cfg.size}: {cfg.data} has images of {side}")
+    shape = found.images.shape
+    fits = len(shape) == 4 and shape[2] == shape[3] == cfg.size
+    common.need(fits, f"--size {cfg.size}: {cfg.data} holds {tuple(shape)}, not (M, C, size, size)")
+    common.need(cfg.guided <= shape[1], f"--guided {cfg.guided}: {cfg.data} has {shape[1]} channels")
     if split == "train":
         few, name = min((len(index), name) for index, name in zip(found.by_class, found.classes))
         common.need(few >= cfg.images, f"--images {cfg.images}: class {name} of {cfg.data} has only {few}")
@@ -136,7 +142,10 @@ def open_split(cfg, split, count=20_000):
 
 
 def measured(cfg):
-    """Whether a run ends with class accuracy and Frechet distance: not on latents, not after a few steps."""
+    """Whether a run ends with class accuracy and Frechet distance.
+
+    Not on latents (the ruler judges pictures), and not after a few steps, which nobody wants to wait for.
+    """
     return cfg.steps >= 200 and not cfg.data.startswith("latents:")
 
 
@@ -145,6 +154,7 @@ def prepare(cfg):
     if not cfg.sample:
         open_split(cfg, "train")
         if measured(cfg):
+            open_split(cfg, "test")
             common.judge(open_split(cfg, "judge"), "ruler")
 
 
@@ -168,8 +178,8 @@ def hybrid(q, k, v, l, S, query_decay=True):
         if query_decay:                                                 # A15: running sum, token by token
             past = log_gate.cumsum(-1).exp()[..., None] * past                                  # (B, H, N, d)
         out.append(inside + past)                                       # A17
-        gamma = log_gate.mean(-1).exp()[..., None, None]                # A16: a sum would forget at once
-        S = gamma * S + K.transpose(-2, -1) @ V                         # A18: written after it was read
+        gamma = log_gate.mean(-1).exp()[..., None, None]                # A16: not the sum      # (B, H, 1, 1)
+        S = gamma * S + K.transpose(-2, -1) @ V                         # A18: after reading    # (B, H, d, d)
     return torch.stack(out, 1), S                                              # (B, n, H, N, d), (B, H, d, d)
 
 
@@ -212,11 +222,15 @@ class Attention(nn.Module):
             # A12: unit scale for all that S will add up; over the full width, before the split into heads
             q, k, v = (rms_norm(project(x)) for project in (self.q, self.k, self.v))       # each (B, n, N, D)
             q, k, v = (y.unflatten(-1, (H, -1)).transpose(2, 3) for y in (q, k, v))     # each (B, n, H, N, d)
-            a = self.gate(x + c[:, :, None])                            # A11: c itself         # (B, n, N, H)
-            l = F.logsigmoid(a).transpose(2, 3) / 16                    # A13                   # (B, n, H, N)
-            k = k * (D // H) ** -0.5                                    # A14                # (B, n, H, N, d)
+            # A11: c as it is, without the block's SiLU: time and label may decide what to forget
+            a = self.gate(x + c[:, :, None])                                                    # (B, n, N, H)
+            # A13: sigmoid(a)^(1/16) starts near 0.96, a memory of some 23 images
+            l = F.logsigmoid(a).transpose(2, 3) / 16                                            # (B, n, H, N)
+            # A14: scaled once, for the softmax and for the state
+            k = k * (D // H) ** -0.5                                                         # (B, n, H, N, d)
             o, S = hybrid(q, k, v, l, S, self.query_decay)                     # (B, n, H, N, d), (B, H, d, d)
-            o = rms_norm(o).transpose(2, 3).flatten(3)                  # A20: per head         # (B, n, N, D)
+            # A20: S grows without a denominator; this norm, head by head, is what keeps the output in bounds
+            o = rms_norm(o).transpose(2, 3).flatten(3)                                          # (B, n, N, D)
             return self.out(o * F.silu(self.z(x))), S                             # (B, n, N, D), (B, H, d, d)
 
 
@@ -230,13 +244,17 @@ class PlainAttention(nn.Module):
 
     def forward(self, x, c, S):
         """As Attention.forward; c is not used and S comes back unchanged."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                              # (B, n, N, 3, H, d)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                                         # each (B, n, H, N, d)
         o = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)                  # (B, n, N, D)
         return self.out(o), S                                                     # (B, n, N, D), (B, H, d, d)
 
 
 class Block(nn.Module):
-    """Transformer block whose norms are modulated by the image's time and label (adaLN-zero, A9)."""
+    """Transformer block whose norms are modulated by the image's time and label (adaLN-zero, A9).
+
+    Shifts s, scales r, gates g come from the conditioning and start at zero: a new block does nothing.
+    """
 
     def __init__(self, D, H, block, query_decay):
         super().__init__()
@@ -318,8 +336,9 @@ class ARFlow(nn.Module):
             after.append(S)
         s, r = self.modulation(F.silu(c))[:, :, None].chunk(2, -1)                # (B, n, 1, D), (B, n, 1, D)
         x = self.out(self.norm(x) * (1 + r) + s)                                          # (B, n, N, p*p*2*C)
-        x = x.view(B, n, h // p, w // p, p, p, 2 * C)[..., :C]          # channel fastest (A10)
-        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, n, C, h, w), after
+        x = x.view(B, n, h // p, w // p, p, p, 2 * C)[..., :C]          # A10    # (B, n, h//p, w//p, p, p, C)
+        x = x.permute(0, 1, 6, 2, 4, 3, 5).reshape(B, n, C, h, w)                            # (B, n, C, h, w)
+        return x, after
 
 
 # --- Objective ---------------------------------------------------------------
@@ -378,7 +397,9 @@ def sample(model, y, generator, calls=250, scale=1.0, guided=0, context="carry")
     for i, t in enumerate(times.tolist()):
         v, states = guide(model, x, t, y, states, scale, guided or C)
         states = states if context == "carry" else None
-        drift = (1 + t) * v - x     # v + w score with score = (t v - x) / (1 - t): one call gives both
+        # The SDE wants v + w score. Noise is known from the velocity, score = (t v - x) / (1 - t), so with
+        # w = 1 - t the sum is exact and needs no second call:
+        drift = (1 + t) * v - x
         if i < calls - 1:
             noise = torch.randn(x.shape, generator=generator, device=device)
             x = x + dt * drift + (2 * (1 - t) * dt) ** 0.5 * noise
@@ -388,19 +409,20 @@ def sample(model, y, generator, calls=250, scale=1.0, guided=0, context="carry")
     return x, trajectory
 
 
-def sample_many(model, cfg, labels, stream="sample"):
-    """sample() in blocks of 100 labels: images (M, C, h, w) and 9 moments of each way (M, 9, C, h, w)."""
+def sample_many(model, cfg, labels):
+    """sample() in blocks of 100: images (M, C, h, w), and 9 moments of the first 100 (100, 9, C, h, w)."""
     device = model.positions.device
     guided = cfg.guided or (3 if cfg.data.startswith("latents:") else 0)
+    context = cfg.context if cfg.images > 1 else "reset"                # n = 1 never learnt to read a state
     moments = [round(i * (cfg.calls - 1) / 8) for i in range(8)] + [cfg.calls]
     images, ways = [], []
     for start in tqdm(range(0, len(labels), 100), desc="sampling", disable=len(labels) <= 100, leave=False):
         y = torch.as_tensor(labels[start:start + 100], device=device)
-        generator = common.draws(cfg.seed, start, stream, device)
-        x, trajectory = sample(model, y, generator, cfg.calls, cfg.scale, guided, cfg.context)
+        generator = common.draws(cfg.seed, start, "sample", device)
+        x, trajectory = sample(model, y, generator, cfg.calls, cfg.scale, guided, context)
         images.append(x.cpu())
-        ways.append(torch.stack([trajectory[i] for i in moments], 1))
-    return torch.cat(images), torch.cat(ways)
+        ways = ways or [torch.stack([trajectory[i] for i in moments], 1)]
+    return torch.cat(images), ways[0]
 
 
 # --- Training ----------------------------------------------------------------
@@ -408,6 +430,7 @@ def sample_many(model, cfg, labels, stream="sample"):
 def draw(dataset, cfg, step, device):
     """One step's batch and draws for `loss`, drawn for the global batch, cut to this rank (A1 to A3, A6).
 
+    Returns (x1 (B, n, C, h, w), y (B,)) and (t (B, n), x0 (B, n, C, h, w), drop (B,)), a rank's share of B.
     B labels first, uniform over the classes, then n different images of each, each with its own flip.
     """
     B, n, small = cfg.batch, cfg.images, common.draws(cfg.seed, step, "data")
@@ -415,7 +438,7 @@ def draw(dataset, cfg, step, device):
     rows = [dataset.by_class[k] for k in y]
     index = np.stack([row[torch.randperm(len(row), generator=small)[:n].numpy()] for row in rows])
     flip = (torch.rand(B, n, generator=small) < 0.5) & cfg.flip
-    t = torch.rand(B, n, generator=small).sort(1).values                # A2: noisiest first
+    t = torch.rand(B, n, generator=small).sort(1).values                # A2: ascending, as the code has it
     drop = torch.rand(B, generator=small) < cfg.label_dropout
     index, flip = common.mine(index).reshape(-1), common.mine(flip).reshape(-1)
     if dataset.latent:
@@ -452,11 +475,12 @@ def train(cfg):
     dataset = open_split(cfg, "train")
     run = common.Run(cfg)
     torch.manual_seed(common.draws(cfg.seed, 0, "weights").initial_seed())
+    # Initial weights too are a function of the seed alone, on any number of processes.
     model = ARFlow(cfg, dataset.images.shape[1], len(dataset.classes), dataset.scale).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg)
     start = run.restore(model=model, ema=ema, opt=opt)
-    if cfg.compile:
+    if cfg.compile:                                                     # in place: the EMA's copy stays eager
         for block in model.blocks:
             block.compile()
     for step in run.steps(start):
@@ -473,6 +497,7 @@ def train(cfg):
         common.ema_update(ema, model, cfg.ema)
         run.log(step, loss=value)
         run.save(step)
+        # a look on the way; sampling has its own generators and changes nothing
         if run.due(step, cfg.save) and step + 1 < cfg.steps and not dataset.latent and common.rank() == 0:
             preview(run, ema, cfg, dataset, count=2)
     return finish(run, ema, cfg, dataset) if common.rank() == 0 else 0
@@ -487,7 +512,8 @@ def preview(run, ema, cfg, dataset, count):
 
 
 def pictures(where, images, ways, labels, names):
-    """samples.png (a row a class), trajectory.png (a row a sample), denoising.png (animated)."""
+    """samples.png (a row a class), trajectory.png (a row a sample), denoising.png (animated), of <= 100."""
+    labels = labels[:len(ways)]
     order = np.argsort(labels, kind="stable")
     shown = [label for label in dict.fromkeys(labels[order])][:10]
     columns = min(8, min(int((labels == label).sum()) for label in shown))
@@ -504,9 +530,11 @@ def pictures(where, images, ways, labels, names):
 
 
 def nearest(where, images, dataset):
-    """nearest.png: samples above the training images that are nearest to them in pixels, against copying."""
-    pixels = dataset.pixels(np.arange(len(dataset))).flatten(1)
-    closest = torch.cdist(images.flatten(1), pixels).argmin(1).numpy()
+    """nearest.png: samples above the training images nearest to them in pixels: has the model copied?"""
+    # in blocks, so that large data sets fit
+    distances = [torch.cdist(images.flatten(1), dataset.pixels(rows).flatten(1))
+                 for rows in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 4096))]
+    closest = torch.cat(distances, 1).argmin(1).numpy()
     pair = torch.cat([images, dataset.pixels(closest)])
     scale = max(1, 48 // images.shape[-1])
     picture = common.grid(common.to_uint8(pair), len(images), ["sample", "train"], scale=scale)
@@ -514,7 +542,11 @@ def nearest(where, images, dataset):
 
 
 def finish(run, ema, cfg, dataset):
-    """The end of a run: pictures, and what the ruler says of cfg.count samples; returns the exit code."""
+    """The end of a run: pictures, and what the ruler says of cfg.count samples; returns the exit code.
+
+    The ruler is a small classifier that no training has seen; its class accuracy is checked against TARGET
+    in a run of exactly the demo's settings.
+    """
     if dataset.latent:
         run.say(f"done; draw with: python arflow.py --sample {run.checkpoint}")
         return 0
@@ -526,7 +558,7 @@ def finish(run, ema, cfg, dataset):
     pictures(run.folder, images, ways, labels, dataset.classes)
     nearest(run.folder, images[:10], dataset)
     result = measure(images, labels, cfg)
-    (run.folder / "result.json").write_text(json.dumps(result))
+    common.write_atomic(run.folder / "result.json", lambda file: file.write(json.dumps(result).encode()))
     target = TARGET if cfg.preset == "demo" and common.is_preset(cfg, PRESETS) else 0.0
     run.say(f"{run.folder}/samples.png, trajectory.png, denoising.png, nearest.png")
     run.say("{N} samples at guidance {scale}: class accuracy {accuracy:.3f}, toy Frechet distance "
@@ -539,11 +571,11 @@ def finish(run, ema, cfg, dataset):
 @torch.no_grad()
 def measure(images, labels, cfg):
     """The ruler's class accuracy, Frechet distance to test images, and that distance between test images."""
-    N = len(images)
     ruler = common.judge(open_split(cfg, "judge"), "ruler")
-    test = open_split(cfg, "test", 2 * N)
+    test = open_split(cfg, "test", 2 * len(images))
+    N = min(len(images), len(test) // 2)                                # one N for both distances
     real = ruler.features(test.pixels(np.arange(2 * N)))
-    distance = common.frechet(ruler.features(images), real[:N])
+    distance = common.frechet(ruler.features(images[:N]), real[:N])
     return {"N": N, "accuracy": common.accuracy(ruler, images, labels), "distance": distance,
             "floor": common.frechet(real[N:], real[:N])}
 
@@ -561,11 +593,13 @@ def sample_checkpoint(cfg):
     common.load_into({"ema": ema}, saved, cfg.sample)
     chosen = np.arange(K) if cfg.classes == "all" else np.array([int(k) for k in cfg.classes.split(",")])
     common.need(max(chosen) < K, f"--classes {cfg.classes}: labels are 0 to {K - 1}")
+    common.need(cfg.guided <= C, f"--guided {cfg.guided}: there are {C} channels")
+    latent = cfg.data.startswith("latents:")
+    common.need(not (cfg.export and latent), "--export: these samples are latents; decode them with vitok.py")
     labels = np.resize(chosen, cfg.count)
     images, ways = sample_many(ema, cfg, labels)
     where = Path(cfg.sample).parent / "samples"
-    if cfg.data.startswith("latents:"):
-        common.need(not cfg.export, "--export: these samples are latents; decode them first, with vitok.py")
+    if latent:
         scale = float(ema.latent_scale)
         packed = dict(latents=(images / scale).half().numpy(), labels=labels, scale=scale)
         common.write_atomic(where / "latents.npz", lambda file: np.savez(file, **packed))

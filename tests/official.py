@@ -4,8 +4,10 @@ IN is a .pt/.bin/.npz of the authors' names, OUT a checkpoint that `python METHO
 foreign checkpoints live here, so that the method files stay the papers.
 """
 
+import argparse
 import dataclasses
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +22,11 @@ def read_official(path):
     if str(path).endswith(".npz"):
         with np.load(path) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):    # the authors' training scripts pickle theirs
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise common.UserError(f"{path}: not a checkpoint that can be read safely ({str(error)[:80]})") from None
     nested = next((key for key in ("ema", "model", "state_dict") if key in saved), None)
     return saved[nested] if nested else saved
 
@@ -57,7 +63,79 @@ def arflow(official, given):
     return dict(data="latents:official", name="official", **shape) | given, {"ema": ours}
 
 
-CONVERTERS = {"arflow": arflow}
+VITOK_BLOCK = [(".attn.qkv.", ".attention.qkv."), (".attn.proj.", ".attention.out."), (".mlp.fc1.", ".gate."),
+               (".mlp.fc2.", ".up."), (".mlp.fc3.", ".down."), ("linear_modulation", "modulation")]
+VITOK = [("encoder.blocks.", "encoder.trunk.blocks."), ("encoder.norm.", "encoder.trunk.norm."),
+         ("decoder.blocks.", "decoder.trunk.blocks."), ("decoder.norm.", "decoder.trunk.norm."),
+         ("tubelet_embed.proj.", "encoder.embed."), ("encoder_to_code.", "encoder.to_code."),
+         ("code_to_decoder.", "decoder.from_code."), ("tubelet_decode.proj.weight", "decoder.to_pixels.weight"),
+         ("tubelet_decode.proj.bias", "decoder.colour"), *VITOK_BLOCK]
+VITOK_DIT = [("posemb", "table"), ("input_width_to_width.", "enter."), ("t_embedder.mlp.", "time."),
+             ("encoder.", "trunk."), ("y_embedder.embedding_table.", "label."), ("final_layer.norm_final.", "norm."),
+             ("final_layer.adaLN_modulation.0.", "modulation."), ("final_layer.linear.", "head."), *VITOK_BLOCK]
+
+
+def vitok(official, given):
+    """The configuration and the weights of a ViTok auto-encoder (release of January 2025: 1-D RoPE, GELU gate)."""
+    ours = renamed(official, VITOK, drop=("posemb", "dec_posemb"))      # its video model adds frozen tables; we do not
+    D, _, q, p, _ = ours["encoder.embed.weight"].shape
+    ours["encoder.embed.weight"] = ours["encoder.embed.weight"].flatten(1)
+    ours["decoder.to_pixels.weight"] = ours["decoder.to_pixels.weight"].flatten(1).T
+    ours["decoder.colour"] = ours["decoder.colour"].view(3, 1, 1, 1)
+    depths = [len([name for name in ours if name.startswith(side) and name.endswith("qkv.weight")])
+              for side in ("encoder", "decoder")]
+    sides = [f"{D}x{depth}x{16 if D == 1152 else D // 64}" for depth in depths]
+    shape = dict(model=f"{sides[0]}-{sides[1]}/{q}x{p}", channels=len(ours["encoder.to_code.weight"]) // 2,
+                 rope="1d", act="gelu", name="official")
+    return shape | given, {"tokenizer": ours}
+
+
+def vitok_dit(official):
+    """The weights of a ViTok generator; a sample also wants the auto-encoder that its codes come from."""
+    ours = renamed(official, VITOK_DIT)
+    return ours | {"table": ours["table"][0]}
+
+
+FLEXTOK = [("encoder.module_dict.", "encoder."), ("decoder.module_dict.", "decoder."), ("enc_patch_emb.patch_proj.", "embed."),
+           ("enc_register_module.", ""), ("enc_transformer.", ""), ("enc_to_latents.proj.", "head."),
+           ("dec_from_latents.proj.", "read."), ("dec_registers_posemb_module.posembs", "token_position"),
+           ("dec_nested_dropout.dropout_mask_token", "mask"), ("dec_latent_dropout.nullcond", "null"),
+           ("dec_noise_patch_emb.patch_proj.", "embed."), ("dec_time_embedder.mlp.", "time."), ("dec_transformer.", ""),
+           ("dec_to_patches.adaLN_modulation.1.", "modulation."), ("dec_to_patches.proj.", "head."),
+           (".adaLN_modulation.1.", ".modulation."), (".attn.proj.", ".attention.wo."), (".attn.w", ".attention.w"),
+           (".mlp.fc", ".w")]
+
+
+def flextok(official, given):
+    """A released FlexTok tokenizer (d12-d12, d18-d18, d18-d28) without its VAE; fixed position tables are dropped."""
+    halves = {name: value for name, value in official.items() if name.startswith(("encoder.", "decoder."))}
+    ours = renamed(halves, FLEXTOK, drop=[name for name in halves if name.endswith((".pos_emb", ".levels", ".basis"))])
+    ours["decoder.token_position"] = ours["decoder.token_position"][0, 0].T
+    R, D = ours["encoder.registers"].shape
+    depth = {half: len([name for name in ours if name.startswith(half) and name.endswith("wq.weight")]) for half in
+             ("encoder", "decoder")}
+    shape = dict(registers=R, encoder=depth["encoder"], decoder=depth["decoder"], head=D // depth["encoder"],
+                 channels=ours["encoder.embed.weight"].shape[1] // 4, size=32, patch=2)
+    return dict(data="latents:official", name="official", stage="tokenizer", **shape) | given, {"ema": ours}
+
+
+def slimfit(official, given):
+    """A fine-tuned BERT or ViT of the usual names; what no shape tells (heads, data, classes' file) is given."""
+    import slimfit as method
+    ours = {method.our_name(name): value.float() for name, value in official.items() if "position_ids" not in name}
+    K, d = ours["head.weight"].shape
+    shape = dict(width=d, heads=max(1, d // 64), classes=K, name="official",
+                 depth=len([name for name in ours if re.fullmatch(r"blocks\.\d+\.out\.bias", name)]))
+    if "cls" in ours:
+        p = ours["patch.weight"].shape[-1]
+        shape |= dict(family="vit", patch=p, image=p * round((ours["position"].shape[1] - 1) ** 0.5),
+                      scaled="blocks.0.scale1" in ours)
+    else:
+        shape |= dict(family="bert", words=len(ours["word.weight"]), positions=len(ours["position.weight"]))
+    return shape | given, {"model": ours}
+
+
+CONVERTERS = {"arflow": arflow, "vitok": vitok, "flextok": flextok, "slimfit": slimfit}
 
 
 def convert(method, source, target, given):

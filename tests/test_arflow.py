@@ -3,6 +3,7 @@
 Oracles are written from the formulas (token loops, masked matrices, closed forms), not from the code under test.
 """
 
+import argparse
 import copy
 import dataclasses
 import math
@@ -14,9 +15,8 @@ import torch.nn.functional as F
 
 import arflow
 import common
-from tests import ROOT, shared
+from tests import ROOT, official
 from tests.official import arflow as convert_official
-from tests.official import read_official
 
 torch.set_default_dtype(torch.float32)
 
@@ -43,6 +43,10 @@ def core(B=2, n=4, H=2, N=5, d=4, seed=0):
     q, k, v = (torch.randn(B, n, H, N, d, generator=g, dtype=torch.float64) for _ in range(3))
     l = F.logsigmoid(torch.randn(B, n, H, N, generator=g, dtype=torch.float64)) / 4
     return q, k / math.sqrt(d), v, l, torch.zeros(B, H, d, d, dtype=torch.float64)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def sequence(B=2, n=4, C=3, side=6, K=5, seed=1):
@@ -72,17 +76,25 @@ def token_loop(q, k, v, l, query_decay=True):
 
 # --- The authors' numbers ------------------------------------------------------
 
+GOLDEN = ROOT / "tests" / "golden" / "arflow.npz"     # made by the authors' own code, see tests/golden/README.md
+
+
+def official_weights():
+    """{official name: tensor} of the authors' small model."""
+    with np.load(GOLDEN) as golden:
+        return {name[8:]: torch.from_numpy(golden[name]) for name in golden.files if name.startswith("weights/")}
+
+
 def official_model(dtype):
-    """The authors' small model (shared reference outputs), converted by the same code as a published checkpoint."""
-    weights = read_official(shared("goldens", "arflow", "06_model_weights_f32.npz"))
-    fields, state = convert_official(weights, {})
-    golden = np.load(shared("goldens", "arflow", "06_model_f64.npz"))
+    """The authors' small model, converted by the same code as a published checkpoint."""
+    fields, state = convert_official(official_weights(), {})
+    golden = np.load(GOLDEN)
     cfg = dataclasses.replace(arflow.Config(), **fields)
     model = arflow.ARFlow(cfg, int(golden["cfg_in_channels"]), int(golden["cfg_num_classes"]))
     model.load_state_dict(state["ema"])
     model = model.to(dtype)
     model.positions = arflow.position_table(cfg.size // cfg.patch, cfg.width).to(dtype)
-    numbers = {name: torch.from_numpy(golden[name]) for name in golden.files if golden[name].ndim}
+    numbers = {name: torch.from_numpy(golden[name]) for name in golden.files if golden[name].ndim and "/" not in name}
     return model, {name: x.to(dtype) if x.is_floating_point() else x for name, x in numbers.items()}
 
 
@@ -114,9 +126,8 @@ def test_official_embeddings():
 
 
 def test_position_table_equals_the_official_one():
-    weights = np.load(shared("goldens", "arflow", "06_model_weights_f32.npz"))
     ours = arflow.position_table(3, 48)
-    torch.testing.assert_close(ours, torch.from_numpy(weights["pos_embed"][0]).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours, official_weights()["pos_embed"][0].double(), atol=1e-6, rtol=0)
 
 
 # --- Section 7 of the digest ---------------------------------------------------
@@ -131,11 +142,26 @@ def test_invariant_01_zero_at_initialisation():
     torch.testing.assert_close(value, (x1 - x0).square().mean(), rtol=1e-14, atol=0)
 
 
+def test_initialisation():
+    torch.manual_seed(0)
+    model = arflow.ARFlow(config(width=128), 4, 300)
+    normal = [model.label.weight, model.time[0].weight, model.time[2].weight]
+    zero = [model.modulation.weight, model.out.weight] + [block.modulation.weight for block in model.blocks]
+    for name, p in model.named_parameters():
+        if p.ndim == 1 or any(p is q for q in zero):
+            assert not p.any(), name
+        elif any(p is q for q in normal):
+            assert abs(p.std() / 0.02 - 1) < 0.1, name
+        else:
+            fan = p.flatten(1).shape[0] + p.flatten(1).shape[1]                 # Xavier uniform, patches flattened
+            assert p.abs().max() <= math.sqrt(6 / fan) and abs(p.std() / math.sqrt(2 / fan) - 1) < 0.1, name
+
+
 @pytest.mark.parametrize("j", range(4))
 def test_invariant_02_causality(j):
     model, (x, t, y) = network(), sequence()
     changed = x.clone()
-    changed[:, j] += torch.randn_like(changed[:, j])
+    changed[:, j] += torch.randn(changed[:, j].shape, generator=generator(9))
     before, after = model(x, t, y)[0], model(changed, t, y)[0]
     moved = (before - after).abs().amax((0, 2, 3, 4))
     assert (moved[:j] == 0).all() and (moved[j:] > 0).all()
@@ -244,11 +270,16 @@ def test_invariant_09_the_matrix_from_one_hot_values():
 def test_invariant_10_the_last_gate():
     q, k, v, l, S = core()
     l.requires_grad_()
-    out, state = arflow.hybrid(q, k, v, l, S, query_decay=False)
-    grad = torch.autograd.grad(out.sum(), l, retain_graph=True)[0]
-    assert not grad[:, -1].any() and grad[:, 1].any()
-    again = torch.autograd.grad(out.sum() + 0 * state.sum(), l)[0]
-    torch.testing.assert_close(grad, again, atol=0, rtol=0)
+    out, state = arflow.hybrid(q, k, v, l, S)
+    before = arflow.hybrid(q[:, :-1], k[:, :-1], v[:, :-1], l[:, :-1], S)[1].detach()
+    assert not torch.autograd.grad(out[:, :-1].sum(), l, retain_graph=True)[0][:, -1].any()
+    ours = torch.autograd.grad(out.sum(), l, retain_graph=True)[0][:, -1]
+    last = l[:, -1].detach().requires_grad_()
+    read = last.cumsum(-1).exp()[..., None] * (q[:, -1] @ before)               # exp(G) of the last image, alone
+    torch.testing.assert_close(ours, torch.autograd.grad(read.sum(), last)[0], atol=1e-12, rtol=0)
+    assert torch.autograd.grad(state.sum(), l)[0][:, -1].any()
+    open_end = arflow.hybrid(q, k, v, l, S, query_decay=False)[0]
+    assert not torch.autograd.grad(open_end.sum(), l)[0][:, -1].any()
 
 
 def test_invariant_11_times_are_sorted_uniforms():
@@ -259,14 +290,15 @@ def test_invariant_11_times_are_sorted_uniforms():
         def pixels(self, index):
             return torch.zeros(len(index), 1, 1, 1)
 
-    cfg = config(images=5, batch=40_000)
+    cfg = config(images=5, batch=100_000)
     (x1, y), (t, x0, drop) = arflow.draw(Images(), cfg, 0, torch.device("cpu"))
-    assert (t[:, 1:] >= t[:, :-1]).all() and x0.shape == (40_000, 5, 1, 1, 1)
+    assert (t[:, 1:] >= t[:, :-1]).all() and x0.shape == (100_000, 5, 1, 1, 1)
     i = torch.arange(1, 6)
-    assert ((t.mean(0) - i / 6).abs() < 0.004).all() and ((t.var(0) - i * (6 - i) / 252).abs() < 0.001).all()
+    assert ((t.mean(0) - i / 6).abs() < 0.003).all() and ((t.var(0) - i * (6 - i) / 252).abs() < 0.001).all()
     assert abs(drop.float().mean() - 0.1) < 0.01
-    noise = x0.flatten(1)
-    assert (torch.corrcoef(torch.cat([noise, t], 1).T).triu(1)[:, 5:].abs()[:5].max()) < 0.03   # noise knows no time
+    r = torch.corrcoef(torch.cat([x0.flatten(1), t], 1).T).abs()
+    assert r[:5, 5:].max() < 0.02                                               # noise knows no time
+    assert (r[:5, :5] - torch.eye(5)).max() < 0.02                              # and each image has its own (A3)
 
 
 def test_invariant_12_path():
@@ -295,11 +327,12 @@ class Gaussian(torch.nn.Module):
 
 
 def test_invariant_13_drift():
-    g = torch.Generator().manual_seed(0)
-    x, v = torch.randn(2, 1000, generator=g, dtype=torch.float64)
-    for t in np.linspace(0, 0.96, 7):
-        score = (t * v - x) / (1 - t)
-        torch.testing.assert_close(v + (1 - t) * score, (1 + t) * v - x, atol=1e-12, rtol=0)
+    """The last step shows the drift alone: it is v + (1 - t) score with score = (t v - x) / (1 - t)."""
+    x, way = arflow.sample(Gaussian(0.7, side=9), torch.zeros(1, dtype=torch.long), generator(0), 4)
+    before, t = way[-2].double(), 0.96
+    v = (t * 0.49 - (1 - t)) * before / (t * t * 0.49 + (1 - t) ** 2)
+    score = (t * v - before) / (1 - t)
+    torch.testing.assert_close((x.double() - before) / 0.04, v + (1 - t) * score, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("context", ["carry", "reset"])
@@ -308,6 +341,11 @@ def test_invariant_14_time_grid_calls_and_state(context):
     _, way = arflow.sample(model, torch.zeros(1, dtype=torch.long), torch.Generator().manual_seed(0), 6, context=context)
     assert np.allclose([t for t, _, _ in model.calls], np.linspace(0, 0.96, 6), atol=1e-7) and len(way) == 7
     states = [state for _, _, state in model.calls]
+    used, twin = generator(0), generator(0)
+    arflow.sample(Gaussian(1.0, side=2), torch.zeros(1, dtype=torch.long), used, 6)
+    for _ in range(6):                                                          # the start and R - 1 steps
+        torch.randn(1, 1, 2, 2, generator=twin)
+    assert torch.equal(torch.randn(3, generator=used), torch.randn(3, generator=twin))
     assert states == ([None] + [[i] for i in range(1, 6)] if context == "carry" else [None] * 6)
 
 
@@ -329,9 +367,22 @@ def test_sampler_first_and_last_step_by_value():
     (250, 1.0, 0.990505), (250, 0.5, 0.244375), (250, 2.0, 3.964509),
     (6, 1.0, 0.839656), (6, 0.5, 0.237264), (6, 2.0, 2.861641)])
 def test_invariant_15_final_variance_of_the_exact_solution(calls, s, expected):
-    x, _ = arflow.sample(Gaussian(s, side=300), torch.zeros(1, dtype=torch.long),
-                         torch.Generator().manual_seed(calls), calls)
+    x, _ = arflow.sample(Gaussian(s, side=448), torch.zeros(1, dtype=torch.long), generator(calls), calls)
     assert abs(x.var().item() / expected - 1) < 0.02
+
+
+@pytest.mark.parametrize("calls, s, expected", [(250, 2.0, 3.964509), (6, 1.0, 0.839656), (6, 0.5, 0.237264)])
+def test_invariant_15_exactly(calls, s, expected, monkeypatch):
+    """With draw i one-hot at pixel i the sampler is linear in its draws: the squares add up to the variance."""
+    count = iter(range(calls))
+
+    def one_hot(*shape, **_):
+        shape = shape[0] if isinstance(shape[0], torch.Size) else shape
+        return F.one_hot(torch.tensor(next(count)), shape[-1] ** 2).double().view(*shape)
+
+    monkeypatch.setattr(torch, "randn", one_hot)
+    x, _ = arflow.sample(Gaussian(s, side=16), torch.zeros(1, dtype=torch.long), None, calls)
+    assert abs(x.square().sum().item() - expected) < 1e-5
 
 
 def test_invariant_16_guidance():
@@ -365,7 +416,21 @@ def test_invariant_17_branches_keep_their_own_states():
     torch.testing.assert_close(torch.stack(moved)[:, :3], S[:, :3][:, order], atol=1e-12, rtol=0)
 
 
-def test_invariant_18_state_size_is_constant_and_each_call_folds_once():
+def test_invariant_18_each_call_folds_once(monkeypatch):
+    """The state after r calls is the fold of A18 over the keys, values and gates of these r calls."""
+    model, (x, t, y), seen, states = network(depth=1), sequence(), [], None
+    original = arflow.hybrid
+    monkeypatch.setattr(arflow, "hybrid", lambda q, k, v, l, *rest: seen.append((k, v, l)) or original(q, k, v, l, *rest))
+    S = 0
+    for m in range(4):
+        _, states = model(x[:, m:m + 1], t[:, m:m + 1], y, states)
+        k, v, l = (part[:, 0] for part in seen[m])
+        S = l.mean(-1).exp()[..., None, None] * S + torch.einsum("bhnd,bhne->bhde", k, v)
+        torch.testing.assert_close(states[0], S, atol=1e-12, rtol=0)
+    assert len(seen) == 4
+
+
+def test_invariant_18_state_size_is_constant():
     model, (x, t, y) = network(depth=3), sequence()
     states = None
     for m in range(4):
@@ -410,13 +475,68 @@ def test_invariant_20_norm_over_the_full_width(monkeypatch):
         assert (squares - 16).abs().max() > 1                                   # but not d a head
 
 
+def test_attention_module_from_its_formulas():
+    """A11 to A14 and A20 written out token by token, on a small module."""
+    torch.manual_seed(0)
+    D, H, N, n = 8, 2, 3, 2
+    module = arflow.Attention(D, H, True).double()
+    x, c = torch.randn(1, n, N, D, dtype=torch.float64), torch.randn(1, n, D, dtype=torch.float64)
+    rms = lambda y: y / (y.square().mean() + 1e-6).sqrt()
+    q, k, v = (torch.stack([torch.stack([rms(f.weight @ x[0, m, i]) for i in range(N)]) for m in range(n)])
+               for f in (module.q, module.k, module.v))
+    l = torch.stack([torch.stack([F.logsigmoid(module.gate.weight @ (x[0, m, i] + c[0, m])) / 16 for i in range(N)])
+                     for m in range(n)])                                         # (n, N, H)
+    split = lambda y: y.view(n, N, H, D // H).transpose(1, 2)[None]
+    o = token_loop(split(q), split(k) / math.sqrt(D // H), split(v), l.transpose(1, 2)[None])
+    expected = torch.zeros_like(x)
+    for m in range(n):
+        for i in range(N):
+            joined = torch.cat([rms(o[0, m, h, i]) for h in range(H)])
+            z = module.z.weight @ x[0, m, i]
+            expected[0, m, i] = module.out.weight @ (joined * z * torch.sigmoid(z))
+    ours = module(x, c, torch.zeros(1, H, D // H, D // H, dtype=torch.float64))[0]
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+
+
+def test_time_waves_positions_and_patches_by_value():
+    waves = arflow.time_waves(torch.tensor([[0.5]], dtype=torch.float64))[0, 0]
+    for j in (0, 1, 127):
+        f = 10_000 ** (-j / 128)
+        assert math.isclose(waves[j], math.cos(0.5 * f)) and math.isclose(waves[128 + j], math.sin(0.5 * f))
+    table = arflow.position_table(3, 8)                                          # token 5: row 1, column 2
+    w = 10_000 ** -0.5
+    expected = [math.sin(2), math.sin(2 * w), math.cos(2), math.cos(2 * w), math.sin(1), math.sin(w), math.cos(1), math.cos(w)]
+    torch.testing.assert_close(table[5], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+    model = network()
+    numbers = torch.arange(9 * 2 * 2 * 6, dtype=torch.float64).view(1, 9, 24)
+    model.out.register_forward_hook(lambda *_: numbers.view(1, 1, 9, 24))
+    v = model(*(torch.zeros(1, 1, 3, 6, 6, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0])))[0]
+    for channel, y, x in ((0, 0, 0), (2, 3, 4), (1, 5, 1)):
+        token, inner = (y // 2) * 3 + x // 2, (y % 2) * 2 + x % 2
+        assert v[0, 0, channel, y, x] == token * 24 + inner * 6 + channel        # row, column, channel
+
+
 PUBLISHED = {"ARFlow-S/2@256": 34_643_744, "ARFlow-B/2@256": 137_467_424, "ARFlow-L/2@256": 483_301_408,
              "ARFlow-XL/2@256": 712_445_216, "ARFlow-XL/4@256": 712_546_688, "ARFlow-XL/8@256": 713_210_624}
 
 
-@pytest.mark.parametrize("preset, count", PUBLISHED.items())
-def test_invariant_21_parameter_counts(preset, count):
+def test_published_counts_are_the_digest_formula():
+    assert len([name for name in arflow.PRESETS if name.startswith("ARFlow")]) == 24
+    for preset, count in PUBLISHED.items():
+        assert formula(dataclasses.replace(arflow.Config(), **arflow.PRESETS[preset])) == count
+
+
+def formula(cfg, C=4, K=1000):
+    """The parameter count of the digest's section 3, term by term."""
+    D, H, p = cfg.width, cfg.heads, cfg.patch
+    stem = D * p * p * C + D + 257 * D + D * D + D + (K + 1) * D
+    return stem + cfg.depth * (19 * D * D + D * H + 11 * D) + 2 * D * D + 2 * D + (D + 1) * 2 * p * p * C
+
+
+@pytest.mark.parametrize("preset", [name for name in arflow.PRESETS if name.startswith("ARFlow")])
+def test_invariant_21_parameter_counts(preset):
     cfg = dataclasses.replace(arflow.Config(), **arflow.PRESETS[preset])
+    count = formula(cfg)
     with torch.device("meta"):
         model = arflow.ARFlow(cfg, 4, 1000)
     assert sum(p.numel() for p in model.parameters()) == count
@@ -505,7 +625,7 @@ def test_latents_are_drawn_from_the_posterior_afresh():
 
 
 def test_sit_baseline_is_plain_attention():
-    model, (x, t, y) = network(block="sit", images=1), sequence(n=1)
+    model = network(block="sit", images=1)
     names = {name for name, _ in model.blocks[0].attention.named_parameters()}
     assert names == {"qkv.weight", "qkv.bias", "out.weight", "out.bias"}
     module, h = model.blocks[0].attention, torch.randn(2, 1, 9, 32, dtype=torch.float64)
@@ -515,6 +635,34 @@ def test_sit_baseline_is_plain_attention():
     torch.testing.assert_close(module(h, None, None)[0][:, 0], expected, atol=1e-12, rtol=0)
     count = sum(p.numel() for p in model.blocks[0].parameters())
     assert count == 18 * 32 ** 2 + 15 * 32                                      # digest 3
+
+
+def test_a_training_step_by_hand(tmp_path, monkeypatch):
+    """Two steps of train(): values clipped, AdamW with betas (.9, .95) and decay .02 on matrices, then the EMA."""
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "--clip", "1e-4", "--ema", "0.8", "--lr", "0.01", "--steps", "2", "--log", "1"]
+    cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words)
+    dataset = arflow.open_split(cfg, "train")
+    torch.manual_seed(common.draws(cfg.seed, 0, "weights").initial_seed())
+    model = arflow.ARFlow(cfg, 3, 10)
+    mean = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first, second = ({name: torch.zeros_like(p) for name, p in mean.items()} for _ in range(2))
+    for step in (0, 1):
+        rate = arflow.learning_rate(cfg, step)
+        arflow.loss(model, *arflow.draw(dataset, cfg, step, torch.device("cpu"))).backward()
+        for name, p in model.named_parameters():
+            g = p.grad.clamp(-1e-4, 1e-4)
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g * g
+            m, s = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
+            p.data = p.data * (1 - rate * (0.02 if p.ndim > 1 else 0.0)) - rate * m / (s.sqrt() + 1e-8)
+            p.grad = None
+            mean[name] = 0.8 * mean[name] + 0.2 * p.data
+    run(*words)
+    saved = torch.load("runs/arflow/demo/last.pt", weights_only=True)["state"]
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(saved["model"][name], p.data, atol=2e-6, rtol=1e-4)
+        torch.testing.assert_close(saved["ema"][name], mean[name], atol=2e-6, rtol=1e-4)
 
 
 def test_learning_rate_is_constant_unless_asked():
@@ -528,9 +676,10 @@ def test_learning_rate_is_constant_unless_asked():
 
 def test_conversion_writes_a_checkpoint_that_sample_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    from tests import official
-    weights = shared("goldens", "arflow", "06_model_weights_f32.npz")
-    official.main(["arflow", str(weights), "official.pt"])
+    weights = official_weights()
+    args = argparse.Namespace(model="ARFlow")                                   # as the authors' train.py pickles it
+    torch.save({"model": {}, "ema": weights, "opt": {}, "args": args}, "theirs.pt")
+    official.main(["arflow", "theirs.pt", "official.pt"])
     run("--sample", "official.pt", "--count", "4", "--calls", "2")
     pack = np.load("samples/latents.npz")
     assert pack["latents"].shape == (4, 4, 6, 6) and math.isclose(pack["scale"], 0.18215, rel_tol=1e-6)
@@ -555,7 +704,13 @@ TINY = ["--size", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps
     (["--images", "0"], "--images 0"),
     (["--images", "3000"], "has only 2000"),
     (["--calls", "1"], "at least 2"),
+    (["--width", "0"], "--width 0"),
+    (["--size", "-4"], "--size -4"),
+    (["--scale", "inf"], "--scale inf"),
+    (["--guided", "9"], "3 channels"),
     (["--classes", "a"], "--classes a"),
+    (["--classes", "3,,5"], "--classes 3,,5"),
+    (["--classes", "3"], "--sample"),
     (["--label_dropout", "1.5"], "[0, 1]"),
     (["--export", "x.npz"], "--sample"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"),
@@ -603,7 +758,8 @@ def test_sample_writes_grids_and_the_export(trained, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--preset", "small"], "--preset small"), (["--width", "32"], "--width 32"), (["--classes", "10"], "0 to 9")])
+    (["--preset", "small"], "--preset small"), (["--width", "32"], "--width 32"), (["--classes", "10"], "0 to 9"),
+    (["--guided", "4"], "3 channels")])
 def test_sample_refuses_what_contradicts_the_checkpoint(argv, words, trained, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--sample", str(trained / "last.pt"), *argv)
@@ -612,11 +768,53 @@ def test_sample_refuses_what_contradicts_the_checkpoint(argv, words, trained, ca
 
 @pytest.mark.parametrize("argv", [
     ["--images", "1"], ["--block", "sit", "--images", "1"], ["--no-query_decay"], ["--context", "reset"],
-    ["--flip"], ["--scale", "1"], ["--guided", "2"], ["--classes", "1,2"], ["--bf16"], ["--warmup", "1"]])
+    ["--flip"], ["--scale", "1"], ["--guided", "2"], ["--bf16"], ["--warmup", "1"]])
 def test_every_option_trains(argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(*TINY, *argv)
     assert (tmp_path / "runs/arflow/demo/samples.png").exists()
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, ("carry", 0)), (dict(context="reset"), ("reset", 0)), (dict(images=1), ("reset", 0)),
+    (dict(data="latents:x"), ("carry", 3)), (dict(data="latents:x", guided=4), ("carry", 4))])
+def test_the_sampler_gets_the_context_and_the_guided_channels(changes, expected, monkeypatch):
+    seen = []
+    original = arflow.sample
+    monkeypatch.setattr(arflow, "sample", lambda m, y, g, calls, scale, guided, context: seen.append(
+        (context, guided)) or original(m, y, g, calls, scale, guided, context))
+    arflow.sample_many(network(channels=4).float(), config(calls=2, **changes), np.arange(3))
+    assert seen == [expected]
+
+
+def test_switches_change_the_network_and_the_samples():
+    x, t, y = sequence()
+    assert not torch.equal(network()(x, t, y)[0], network(query_decay=False)(x, t, y)[0])
+    model = network().float()
+    carried, reset = (arflow.sample(model, y, generator(0), 4, context=c)[0] for c in ("carry", "reset"))
+    assert (carried - reset).abs().max() > 1e-3
+
+
+def test_a_small_test_split_is_measured_with_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "judge", lambda *_: common.Judge(3, 24, 2).eval())      # only N matters here
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    np.savez("own.npz", images=images, labels=np.arange(300) // 2 % 2)
+    result = arflow.measure(torch.randn(50, 3, 8, 8), np.arange(50) % 2, config(size=8, data="npz:own.npz"))
+    assert result["N"] == 15 and math.isfinite(result["distance"] + result["floor"])
+
+
+def test_target_decides_the_exit_code(tmp_path, monkeypatch):
+    assert 0.5 < arflow.TARGET < 1
+    monkeypatch.chdir(tmp_path)
+    cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, [])
+    monkeypatch.setattr(arflow, "sample_many", lambda *_: (torch.zeros(200, 3, 16, 16), torch.zeros(100, 9, 3, 16, 16)))
+    monkeypatch.setattr(common, "judge", lambda *_: None)
+    for accuracy, changed, code in ((0.1, False, 1), (0.99, False, 0), (0.1, True, 0)):
+        monkeypatch.setattr(arflow, "measure", lambda *_: dict(N=1, accuracy=accuracy, distance=0.0, floor=0.0))  # noqa: B023
+        changes = dict(seed=1) if changed else {}
+        now = dataclasses.replace(cfg, **changes)
+        assert arflow.finish(common.Run(now), None, now, arflow.open_split(now, "train", 100)) == code
 
 
 def test_latents_train_sample_and_come_back(tmp_path, monkeypatch):

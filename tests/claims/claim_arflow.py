@@ -6,6 +6,7 @@ batch or replace the attention core here, so that arflow.py stays the paper.
 
 import copy
 import dataclasses
+import json
 import time
 
 import numpy as np
@@ -340,4 +341,49 @@ def attention(scale):
             "verdict": verdict(results, "softmax inside"), "numbers": results}
 
 
-ROWS = [guidance, mechanism, carry_or_reset, cost, step_price, baselines, sequences, attention]
+# --- GPU -----------------------------------------------------------------------
+
+PEAK = {"tf32": 495e12, "bf16": 989e12}               # H100 SXM, dense, FLOP/s
+
+
+def gpu(scale):
+    """Step time, images/s and MFU of ARFlow-B/2 and XL/2 at 128 px shapes, with random latents; needs a CUDA GPU."""
+    claim = {"claim": "training speed of ARFlow-B/2 and XL/2 at 128 px on one GPU", "paper": "no figure read"}
+    if not torch.cuda.is_available():
+        return {**claim, "measured": "not run", "verdict": "not run", "numbers": {}}
+    numbers, device, flops = {}, torch.device("cuda"), 0
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for preset in ("ARFlow-B/2@128", "ARFlow-XL/2@128"):
+        for bf16 in (False, True):
+            for compiled in (False, True):
+                cfg = dataclasses.replace(arflow.Config(), **arflow.PRESETS[preset], batch=32, bf16=bf16)
+                model = arflow.ARFlow(cfg, 4, 1000).to(device)
+                opt = arflow.optimizer(model, cfg)
+                if compiled:
+                    for block in model.blocks:
+                        block.compile()
+                x1, x0 = torch.randn(2, 32, 5, 4, 16, 16, device=device)
+                y, t = torch.randint(1000, (32,), device=device), torch.rand(32, 5, device=device).sort(1).values
+                drop = torch.zeros(32, dtype=torch.bool, device=device)
+
+                def step():
+                    opt.zero_grad()
+                    with common.autocast(cfg):
+                        value = arflow.loss(model, (x1, y), (t, x0, drop))
+                    value.backward()
+                    nn.utils.clip_grad_value_(model.parameters(), cfg.clip)
+                    opt.step()
+                    torch.cuda.synchronize()
+
+                flops = flops if compiled else common.flops(step)
+                time_of_step = seconds(step, 20)
+                name = f"{preset} {'bf16' if bf16 else 'tf32'}{' compiled' if compiled else ''}"
+                numbers[name] = {"seconds": time_of_step, "images/s": 160 / time_of_step,
+                                 "MFU": flops / time_of_step / PEAK["bf16" if bf16 else "tf32"]}
+    common.write_atomic(ROOT / "assets/claims/arflow_gpu.json", lambda file: file.write(json.dumps(
+        {"file": "arflow", "hardware": torch.cuda.get_device_name(), "numbers": numbers}, indent=1).encode()))
+    return {**claim, "measured": "; ".join(f"{name} {row['images/s']:.0f} images/s, MFU {100 * row['MFU']:.0f} %"
+                                           for name, row in numbers.items()), "verdict": "shown", "numbers": numbers}
+
+
+ROWS = [guidance, mechanism, carry_or_reset, cost, step_price, baselines, sequences, attention, gpu]
