@@ -55,7 +55,8 @@ def reading(path):
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or f'cannot be read: {error!r}'}") from error
+        reason = getattr(error, "strerror", None) or f"cannot be read: {error!r}"
+        raise DataError(f"{path}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -135,11 +136,11 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
 def star(x, y):
     """Five points, folded at the axes of symmetry until one straight edge is left."""
     x, y = abs(x), y + 0.05
-    for sign in (1, -1):
-        fold = 2 * np.maximum(sign * 0.8090 * x - 0.5878 * y, 0)
-        x, y = abs(x - sign * 0.8090 * fold), y + 0.5878 * fold
+    for normal in (0.8090, -0.8090):
+        fold = 2 * np.maximum(normal * x - 0.5878 * y, 0)
+        x, y = x - normal * fold, y + 0.5878 * fold
     dx, dy = 0.52 * 0.5878, 0.52 * 0.8090 - 1
-    return ((y - 1.08) * dx - x * dy) / (dx * dx + dy * dy)**0.5
+    return ((y - 1.08) * dx - abs(x) * dy) / (dx * dx + dy * dy)**0.5
 
 
 # Signed distance from (x, y), y up, to each shape's edge, in units of its radius, negative inside.
@@ -315,7 +316,7 @@ def open_data(spec, split="train", size=32, objects=(1, 1), mixed=False, frames=
     kind, _, path = spec.partition(":")
     need(split in SPLITS, f"data {spec}: no split {split}: give {', '.join(SPLITS)}")
     if spec == "shapes":
-        need(min(size, frames, count) > 0, f"shapes: size {size}, frames {frames}, count {count}: give 1 or more")
+        need(min(size, frames, count) > 0, f"shapes: size {size}, frames {frames}, count {count}: 1 or more")
         index, options = SPLITS[split] + np.arange(count), (objects, mixed, frames)
         return Data(shapes(index, size, *options), index % 10, SHAPES, captions(index, *options), spec)
     readers = {"cifar10": open_pack, "npz": open_pack, "video": open_pack, "folder": open_folder,
@@ -381,7 +382,8 @@ def arrays(path):
             return batches(path)
         if path.is_dir():
             return {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
-        return dict(np.load(path))
+        with np.load(path) as file:
+            return dict(file)
 
 
 def held_out(count, split):
@@ -411,8 +413,9 @@ def open_pack(path, split, size, frames):
          f"{about}: {'clips' if frames > 1 else 'pictures'} in uint8 with 1 or 3 channels, last, are wanted")
     images = np.moveaxis(np.broadcast_to(images, (*images.shape[:-1], 3)), -1, -3)
     rows = slice(None) if own else held_out(len(images), split)
-    labels, texts = pack.get(own + "labels", np.zeros(len(images), int)), pack.get(own + "captions")
-    texts = None if texts is None else texts[rows].tolist()
+    labels, texts = pack.get(own + "labels", np.zeros(len(images), int)), pack.get(own + "captions", images)
+    need(len(labels) == len(texts) == len(images), f"{about}: as many labels and captions are wanted")
+    texts = texts[rows].tolist() if own + "captions" in pack else None
     return Data(images[rows], labels[rows], pack.get("class_names"), texts, str(path))
 
 
@@ -496,7 +499,7 @@ HAN = ("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-
 def spaced(char):
     """BERT's view of a character: Chinese ones and punctuation stand alone, accents and controls vanish."""
     kind = unicodedata.category(char)
-    if char == "\ufffd" or kind in ("Cc", "Cf", "Mn") and not char.isspace():
+    if char == "\ufffd" or kind in ("Cc", "Cf", "Mn") and char not in "\t\n\r":
         return ""
     alone = re.match(HAN, char) or kind[0] == "P" or "!" <= char <= "~" and not char.isalnum()
     return f" {char} " if alone else char
@@ -549,8 +552,10 @@ def table(path, columns):
     """The rows of a tab-separated file without quoting; row i is line i+1. DataError names a broken line."""
     with reading(path), open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         rows = [line.rstrip("\r\n").split("\t") for line in file]
+    need(rows, f"{path}: is empty")
     for number, row in enumerate(rows, 1):
-        need(len(row) == columns, f"{path}: line {number}: {len(row)} columns where {columns} are wanted")
+        need(len(row) == columns and "\ufffd" not in "".join(row),
+             f"{path}: line {number}: {len(row)} columns where {columns} are wanted, in UTF-8")
     return rows
 
 
@@ -660,6 +665,7 @@ def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit
         languages = sorted({language for row in rows for language in row[:2]})
         known = [text for i in held_out(len(rows), "train") for text in rows[i][2:]]
         rows = [rows[i] for i in held_out(len(rows), split)]
+    need(rows, f"{path or 'numbers'}: too few rows: none in split {split}")
     tags = [f"<2{language}>" for language in languages]
     vocabulary = Vocabulary(dict.fromkeys([*tags, *split_words(" ".join(known))]))
     encode = functools.lru_cache(maxsize=None)(vocabulary.encode)

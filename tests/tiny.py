@@ -10,10 +10,25 @@ import torch
 TINY = {
     "arflow": dict(size=8, patch=2, width=16, depth=2, heads=2, images=3, steps=6, batch=2, lr=1e-3, calls=3,
                    count=20, scale=2.0, log=2, save=3),
+    "gpipe": dict(data="numbers:30", layers=1, width=16, hidden=16, heads=1, stages=2, micro=2, steps=6, batch=8,
+                  warmup=2, lr=1e-5, log=2, save=3),
+    "vitok": dict(size=8, model="12x1x2-12x2x2/4", channels=2, disc=4, dit="12x1x2", steps=6, batch=4, lr=0.1,
+                  calls=3, count=10, scale=2.0, ema=0.9, log=2, save=3),
+    "slimfit": dict(family="vit", image=8, patch=4, width=16, depth=2, heads=2, classes=10, keep=1.0, pretrain=4,
+                    compare="0.5", steps=6, batch=4, lr=1e-3, log=2, save=3),
+    "flextok": dict(size=8, patch=4, registers=4, encoder=1, decoder=2, gpt=1, head=8,
+                    levels="8,5", steps=6, batch=4, lr=1e-3, euler=2, count=10, log=2, save=3),
 }
 
 VARIANTS = {
+    "flextok": [["--condition", "text", "--top_k", "9", "--top_p", "0.9", "--guidance", "1", "--time", "logit-normal"],
+                ["--no-apg", "--repa", "0", "--nested", "uniform"]],
     "arflow": [["--block", "sit", "--images", "1"]],
+    "gpipe": [["--model", "amoebanet-d", "--data", "shapes", "--size", "8", "--layers", "3", "--filters", "4"],
+              ["--plan"], ["--emulate", "0.001"]],
+    "vitok": [["--masked", "--scale", "1", "--eta", "1"], ["--latents", "3", "--recompute"],
+              ["--frames", "2", "--model", "12x1x2-12x2x2/2x4"]],
+    "slimfit": [["--keep", "0.1", "--scaled"], ["--keep", "0.5", "--no-products", "--no-probabilities"]],
 }
 
 
@@ -22,8 +37,24 @@ def arflow_extra(arflow):
     arflow.hybrid_matrix(q, k, v, -torch.rand(2, 3, 2, 5))
 
 
+def vitok_extra(vitok):
+    """Nothing more: the command lines above reach every line with a shape comment."""
+
+
+def slimfit_extra(slimfit):
+    cfg = slimfit.Config(words=30, positions=8, length=8, width=16, depth=1, heads=2, dropout=0.1)
+    ids, keep = torch.randint(30, (2, 8)), torch.ones(2, 8)
+    slimfit.Encoder(cfg)(ids, ids % 2, keep)
+    slimfit.best_span(torch.randn(2, 8), torch.randn(2, 8), keep.bool())
+    slimfit.pack4(torch.randn(5))
+
+
 EXTRA = {
+    "flextok": lambda flextok: None,
     "arflow": arflow_extra,
+    "gpipe": lambda gpipe: None,
+    "vitok": vitok_extra,
+    "slimfit": slimfit_extra,
 }
 
 

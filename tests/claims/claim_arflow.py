@@ -19,7 +19,7 @@ import common
 from tests import ROOT
 from tests.claims import seeds, spread
 
-STEPS = {"quick": 500, "full": 2600}
+STEPS = {"quick": 600, "full": 4400}
 SAMPLES = {"quick": 200, "full": 1000}
 CACHE = {}                                           # trained weights of this process, by their settings
 
@@ -59,9 +59,9 @@ def fit(cfg, wrap=None, core=None):
     return ema
 
 
-def judged(model, cfg, scale, core=None, **changes):
+def judged(model, cfg, length, core=None, **changes):
     """Class accuracy and toy Frechet distance of fresh samples."""
-    cfg = dataclasses.replace(cfg, count=SAMPLES[scale], **changes)
+    cfg = dataclasses.replace(cfg, count=SAMPLES[length], **changes)
     labels = np.arange(cfg.count) % 10
     original = arflow.hybrid
     arflow.hybrid = core or original
@@ -234,9 +234,9 @@ def step_price(scale):
 # --- Baselines and ablations ---------------------------------------------------
 
 def baselines(scale):
-    """ARFlow against itself without context and against SiT: equal images a step (15), steps, seeds, sampler."""
-    arms = {"ARFlow": {}, "--images 1": dict(images=1, batch=15, context="reset"),
-            "SiT": dict(images=1, batch=15, context="reset", block="sit")}
+    """ARFlow against itself without context and against SiT: equal images a step (10), steps, seeds, sampler."""
+    arms = {"ARFlow": {}, "--images 1": dict(images=1, batch=10, context="reset"),
+            "SiT": dict(images=1, batch=10, context="reset", block="sit")}
     results = {f"{name}, CFG {s:g}": [] for name in arms for s in (1.0, 1.5)}
     for seed in seeds(scale):
         for name, changes in arms.items():

@@ -1,0 +1,793 @@
+"""FlexTok: the invariants of the digest's section 7, the authors' own numbers, and the command line's promises.
+
+Oracles are written from the formulas (loops over tokens and images, closed forms), not from the code under test.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import flextok
+from tests import ROOT, shared
+from tests.official import flextok as convert_official
+
+LEVELS = (8, 8, 8, 5, 5, 5)
+
+
+def config(**changes):
+    """A small configuration of the paper's model: P = 9 patches, R = 8 registers."""
+    small = dict(size=6, channels=3, patch=2, registers=8, encoder=2, decoder=2, gpt=2, head=16, levels="8,5,5",
+                 guidance=1.0, ar_guidance=1.0, euler=4)
+    return dataclasses.replace(flextok.Config(), **{**small, **changes})
+
+
+def awake(model, seed=0):
+    """Every parameter random and sizeable, in float64, so that nothing hides behind a zero."""
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3 if p.ndim == 1 else 1 / math.sqrt(p.shape[-1]))
+    return model.double()
+
+
+def tokenizer(**changes):
+    return awake(flextok.Tokenizer(config(**changes)))
+
+
+def images(B=3, C=3, side=6, seed=1):
+    return torch.randn(B, C, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tensors(name):
+    """A file of reference outputs as tensors."""
+    with np.load(shared("goldens", "flextok", f"{name}.npz")) as found:
+        return {key: torch.from_numpy(found[key]) for key in found.files}
+
+
+def stored():
+    """The small reference arrays that live in this repository."""
+    with np.load(ROOT / "tests/golden/flextok.npz") as found:
+        return {key: torch.from_numpy(found[key]) for key in found.files}
+
+
+def close(a, b, atol):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0, check_dtype=False)
+
+
+# --- The authors' numbers ------------------------------------------------------
+
+def official(part):
+    """The authors' small encoder or decoder, converted by the code for published checkpoints, and its outputs."""
+    weights = {f"{half}.{name[2:]}": value.float() for half in ("encoder", "decoder")
+               for name, value in tensors(f"{half}_small").items() if name.startswith("w.")}
+    fields, state = convert_official(weights, {"size": 8})
+    cfg = dataclasses.replace(flextok.Config(), **fields)
+    model = flextok.Tokenizer(cfg)
+    model.load_state_dict(state["ema"])
+    return model, tensors(f"{part}_small")
+
+
+@torch.no_grad()
+def test_official_encoder():
+    model, g = official("encoder")
+    z = model.encoder(g["latents"])
+    close(z, g["z"], 5e-5)
+    values, ids = model.fsq(z)
+    close(values, g["quant"], 1e-6)
+    assert torch.equal(ids, g["tokens"])
+
+
+@torch.no_grad()
+def test_official_decoder():
+    model, g = official("decoder")
+    no, full = torch.zeros(4, dtype=torch.bool), torch.full((4,), 16)
+    close(model.decoder.tokens(g["quant"], g["keep_k"], no), g["regs_after_dropout"], 1e-6)
+    for name, keep, null in (("keep", g["keep_k"], no), ("full", full, no), ("uncond", full, ~no)):
+        close(model.decoder(g["noised"], g["timesteps"], g["quant"], keep, null)[0], g[f"velocity_{name}"], 5e-5)
+    mixed = torch.tensor([False, True, False, True])
+    close(model.decoder(g["noised"], g["timesteps"], g["quant"], g["keep_k"], mixed)[0], g["velocity_mixed"], 5e-5)
+    close(model.decoder(g["noised"], g["timesteps"], g["quant"], g["keep_k"], no)[1], g["repa_patches"], 5e-5)
+
+
+def test_official_quantiser_with_its_gradient():
+    g = stored()
+    fsq, z = flextok.FSQ(LEVELS), g["z"].requires_grad_()
+    values, ids = fsq(z)
+    close(values, g["quant"], 1e-6)
+    assert torch.equal(ids, g["tokens"]) and torch.equal(fsq(g["extreme_in"])[1], g["extreme_tokens"])
+    close(fsq.values(g["idx"]), g["idx_embedding"], 1e-6)
+    close(torch.autograd.grad((values * g["cotangent"]).sum(), z)[0], g["grad_z"], 1e-6)
+
+
+@pytest.mark.parametrize("n, D", [(4, 64), (8, 32), (16, 16)])
+def test_official_position_table(n, D):
+    close(flextok.sincos(n, D).T.view(D, n, n), stored()[f"sincos_{n}x{n}_d{D}"][0], 1e-6)
+
+
+# --- Section 7 of the digest ---------------------------------------------------
+
+def test_invariant_01_fsq_is_a_bijection():
+    fsq, ids = flextok.FSQ(LEVELS), torch.arange(64_000)[None]
+    values = fsq.values(ids)
+    assert len(values[0].unique(dim=0)) == 64_000
+    assert set(values[..., :3].unique().tolist()) == {i / 4 for i in range(-4, 4)}
+    assert set(values[..., 3:].unique().tolist()) == {-1, -0.5, 0, 0.5, 1}
+    half = torch.tensor([(L - 1) * 1.001 / 2 for L in LEVELS])          # F10 inverted: the z of every code
+    off = torch.tensor([0.5 * (L % 2 == 0) for L in LEVELS])
+    code = values * torch.tensor([L // 2 for L in LEVELS])
+    z = torch.atanh((code + off) / half) - torch.atanh(off / half)
+    again, back = fsq(z)
+    assert torch.equal(back, ids)
+    close(again, values, 1e-6)
+
+
+def test_invariant_02_fsq_at_zero_and_far_out():
+    fsq = flextok.FSQ(LEVELS)
+    for value, expected in ((0.0, 32_036), (-30.0, 0), (30.0, 63_999)):
+        values, ids = fsq(torch.full((1, 1, 6), value))
+        assert ids.item() == expected and (value or not values.any())
+    assert [math.prod(LEVELS[:i]) for i in range(6)] == fsq.basis.tolist() == [1, 8, 64, 512, 2560, 12800]
+
+
+def test_invariant_03_fsq_is_monotone_coordinatewise_with_the_closed_gradient():
+    fsq, j = flextok.FSQ(LEVELS), 2
+    z = torch.randn(1, 1, 6, dtype=torch.float64).repeat(1, 500, 1)
+    z[0, :, j] = torch.linspace(-4, 4, 500)
+    ids = fsq(z)[1]
+    digits = torch.stack([ids // b % L for b, L in zip(fsq.basis, fsq.levels)], -1)[0]
+    assert (digits[1:, j] >= digits[:-1, j]).all() and digits[:, j].unique().tolist() == [*range(8)]
+    assert all((digits[:, i] == digits[0, i]).all() for i in range(6) if i != j)
+    z = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    gradient, = torch.autograd.grad(fsq(z)[0].sum(), z)
+    for i, L in enumerate(LEVELS):
+        half, off = (L - 1) * 1.001 / 2, 0.5 * (L % 2 == 0)
+        expected = half * (1 - torch.tanh(z[..., i] + math.atanh(off / half)) ** 2) / (L // 2)
+        close(gradient[..., i], expected.detach(), 1e-6)
+
+
+def test_fsq_never_computes_in_bf16():
+    fsq, z = flextok.FSQ(LEVELS), torch.randn(4, 50, 6).bfloat16()
+    assert fsq(z)[0].dtype == torch.float32 and torch.equal(fsq(z)[1], fsq(z.float())[1])
+
+
+def outputs(encoder, x):
+    """Patches and z of an encoder."""
+    seen = []
+    handle = encoder.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    z = encoder(x)
+    handle.remove()
+    return seen[0][:, :9], z
+
+
+@torch.no_grad()
+def test_invariant_04_encoder_causality():
+    encoder, x = tokenizer().encoder, images()
+    patches, z = outputs(encoder, x)
+    for i in range(8):
+        changed = copy.deepcopy(encoder)
+        changed.registers[i] += torch.randn(32)
+        other, moved = outputs(changed, x)
+        assert torch.equal(other, patches)
+        difference = (moved - z).abs().amax((0, 2))
+        assert (difference[:i] == 0).all() and (difference[i:] > 0).all()
+    shifted = copy.deepcopy(encoder)
+    shifted.registers[3] += 0.7                                         # a constant: the norms take it out
+    close(outputs(shifted, x)[1], z, 1e-5)
+
+
+@torch.no_grad()
+def test_invariant_05_prefix_encoding():
+    encoder, x = tokenizer().encoder, images()
+    whole = encoder(x)
+    for k in range(1, 9):
+        close(encoder(x, k), whole[:, :k], 1e-12)
+
+
+def decoder_inputs(B=3, seed=2):
+    g = torch.Generator().manual_seed(seed)
+    return (images(B, seed=seed), torch.rand(B, generator=g, dtype=torch.float64),
+            torch.rand(B, 8, 3, generator=g, dtype=torch.float64) * 2 - 1)
+
+
+NO = torch.zeros(3, dtype=torch.bool)
+
+
+def test_invariant_06_suffix_independence():
+    model, (x, t, values), keep = tokenizer(), decoder_inputs(), torch.tensor([1, 4, 7])
+    changed = values.clone()
+    for b, k in enumerate(keep):
+        changed[b, k:] = torch.rand(8 - k, 3)
+    close(model.decoder(x, t, changed, keep, NO)[0], model.decoder(x, t, values, keep, NO)[0], 1e-12)
+    values.requires_grad_()
+    gradient, = torch.autograd.grad(model.decoder(x, t, values, keep, NO)[0].square().sum(), values)
+    for b, k in enumerate(keep):
+        assert gradient[b, :k].any(-1).all() and not gradient[b, k:].any()
+
+
+@torch.no_grad()
+def test_invariant_07_full_prefix_and_exchangeable_masks():
+    model, (x, t, values) = tokenizer().decoder, decoder_inputs()
+    r = values @ model.read.weight.T + model.read.bias + model.token_position
+    close(model.tokens(values, torch.tensor([8, 8, 8]), NO), r, 1e-14)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append(out[:, 9:]))
+    model(x, t, values, torch.tensor([3, 3, 3]), NO)
+    for h in seen:
+        close(h[:, 3:], h[:, 3:4].expand(-1, 5, -1), 1e-12)
+        assert (h[:, 2] - h[:, 3]).abs().min() > 0
+
+
+@torch.no_grad()
+def test_invariant_08_without_tokens_nothing_of_them_is_left():
+    model, (x, t, values) = tokenizer().decoder, decoder_inputs()
+    plain = model(x, t, values, torch.tensor([8, 8, 8]), ~NO)[0]
+    close(model(x, t, torch.rand_like(values), torch.tensor([1, 5, 8]), ~NO)[0], plain, 1e-14)
+    assert (model(x, t, values, torch.tensor([1, 1, 1]), NO)[0] - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_invariant_09_short_ids_equal_masked_long_ones():
+    model, cfg, noise = tokenizer(), config(), images()
+    ids = torch.randint(200, (3, 8))
+    for k in (1, 3, 8):
+        x, values = noise, model.fsq.values(ids).double()
+        for i in range(cfg.euler, 0, -1):                               # F25 with keep = k and all the ids
+            t = torch.full((3,), i / cfg.euler, dtype=torch.float64)
+            x = x - model.decoder(x, t, values, torch.full((3,), k), NO)[0] / cfg.euler
+        assert torch.equal(flextok.sample(model, noise, ids[:, :k], cfg), x)
+
+
+def test_invariant_10_the_untrained_model_is_known():
+    torch.manual_seed(0)
+    cfg = config(levels="8,8,8,5,5,5", guidance=3.0)
+    model = flextok.Tokenizer(cfg)
+    x, noise = images().float(), images(seed=5).float()
+    values, ids = model.fsq(model.encoder(x))
+    assert not values.any() and (ids == 32_036).all()
+    h = torch.randn(2, 17, 32)
+    assert torch.equal(model.decoder.blocks[0](h, torch.randn(2, 32), 9), h)
+    assert not model.decoder(x, torch.rand(3), values, torch.tensor([1, 2, 8]), NO)[0].any()
+    assert torch.equal(flextok.sample(model, noise, ids, cfg), noise)
+    x, noise = torch.randn(2000, 3, 6, 6) * 0.5, torch.randn(2000, 3, 6, 6)
+    draws = torch.rand(2000), noise, torch.full((2000,), 8), torch.zeros(2000, dtype=torch.bool)
+    value = flextok.loss_tokenizer(model, (x, None), draws)[0].item()
+    assert abs(value - (1 + x.square().mean().item())) < 0.02
+
+
+def test_invariant_11_wake_up_order():
+    torch.manual_seed(0)
+    model = flextok.Tokenizer(config())
+    opt = torch.optim.AdamW(model.parameters(), 1e-3)
+    first, x = {}, images(8).float()
+    for step in range(20):
+        draws = torch.rand(8), torch.randn(8, 3, 6, 6), torch.randint(1, 9, (8,)), torch.rand(8) < 0.1
+        opt.zero_grad()
+        flextok.loss_tokenizer(model, (x, None), draws)[0].backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None and p.grad.any():
+                first.setdefault(name, step)
+        opt.step()
+    assert {name for name, step in first.items() if step == 0} == {"decoder.head.weight", "decoder.head.bias"}
+    modulations = [name for name in first if "modulation" in name]
+    assert len(modulations) == 6 and {first[name] for name in modulations} == {1}
+    assert first["encoder.head.weight"] == first["encoder.head.bias"] == 2
+    assert {first[name] for name, _ in model.named_parameters() if "encoder" in name and "head" not in name} == {3}
+    assert 4 <= first["decoder.read.weight"] < 20                       # when the first id moves
+
+
+def test_invariant_12_guidance():
+    v, u, a = images(seed=1), images(seed=2), images(seed=3) * 5
+    assert torch.equal(flextok.apg(v, u, 1.0, a)[0], v)
+    guided, average = flextok.apg(v, u, 4.0, a)
+    close(average, v - u - 0.5 * a, 1e-14)
+    step = (guided - v).flatten(1)
+    cosine = F.cosine_similarity(step, v.flatten(1))
+    assert cosine.abs().max() < 1e-5 and (step.norm(dim=1) <= 3 * 2.5 * (1 + 1e-5)).all()
+    for b in range(3):                                                  # F27, an image at a time
+        bounded = average[b] * min(1.0, 2.5 / average[b].norm().item())
+        across = bounded - (bounded * v[b]).sum() / v[b].square().sum() * v[b]
+        close(guided[b], v[b] + 3 * across, 1e-12)
+    plain, _ = flextok.apg(v, u, 4.0, 0 * v, momentum=0.0, threshold=math.inf, eta=1.0)
+    close(plain, u + 4 * (v - u), 1e-12)
+
+
+@torch.no_grad()
+def test_guidance_inside_the_sampler_by_value():
+    model, noise, ids = tokenizer(), images(), torch.randint(200, (3, 8))
+    values, full = model.fsq.values(ids).double(), torch.full((3,), 8)
+    for g, apg, schedule in itertools.product((0.0, 2.5), (False, True), ("constant", "linear", "cosine")):
+        x, average = noise, torch.zeros_like(noise)
+        for i in (4, 3, 2, 1):
+            t = torch.full((3,), i / 4, dtype=torch.float64)
+            v, u = (model.decoder(x, t, values, full, null)[0] for null in (NO, ~NO))
+            scale = {"constant": g, "linear": 1 + (g - 1) * (1 - i / 4), "cosine": 1 + (g - 1) * math.cos(math.pi * i / 8)}[schedule]
+            if scale != 1 and apg:
+                v, average = flextok.apg(v, u, scale, average, threshold=2.5 * math.sqrt(108) / 128)
+            else:
+                v = u + scale * (v - u)
+            x = x - v / 4
+        close(flextok.sample(model, noise, ids, config(guidance=g, apg=apg, schedule=schedule)), x, 1e-11)
+
+
+class Oracle(torch.nn.Module):
+    """A tokenizer whose decoder knows the truth, v = noise - x; counts the images it is called for."""
+
+    def __init__(self, truth):
+        super().__init__()
+        self.decoder, self.fsq, self.truth, self.calls = self.velocity, flextok.FSQ((8, 5, 5)), truth, 0
+        self.velocity.__func__.token_position = torch.zeros(8, 1)
+
+    def velocity(self, x, t, values, keep, null):
+        self.calls += len(x)
+        truth = self.truth.repeat(len(x) // len(self.truth), 1, 1, 1)
+        return (x - truth) / t.view(-1, 1, 1, 1), None
+
+
+def test_invariant_13_flow_path_and_times():
+    x, noise = images(seed=1), images(seed=2)
+    for N in (1, 2, 7, 20):
+        drawn = flextok.sample(Oracle(x), noise, torch.zeros(3, 8).long(), config(euler=N))
+        close(drawn, x, 1e-5)
+    model, seen = tokenizer(), []
+    model.decoder.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    for t, expected in ((0.0, x), (1.0, noise), (0.25, 0.25 * noise + 0.75 * x)):
+        draws = torch.full((3,), t, dtype=torch.float64), noise, torch.tensor([8, 8, 8]), NO
+        flextok.loss_tokenizer(model, (x, None), draws)
+        close(seen[-1], expected, 1e-12)
+    u = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    t = flextok.flow_time(u, "mode", 0.25)
+    close(t[[0, 500, 1000]], torch.tensor([1.0, 0.5, 0.0]).double(), 1e-6)
+    assert (t.diff() < 0).all()
+    close(t + t.flip(0), torch.ones(1001).double(), 1e-6)
+    close(t, 1 - u - 0.25 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u), 1e-14)
+    masses = torch.histc(flextok.flow_time((torch.arange(100_000) + 0.5) / 100_000, "mode", 0.25), 10, 0, 1) / 100_000
+    close(masses[:5], torch.tensor([0.083, 0.091, 0.100, 0.109, 0.115]), 2e-3)
+    close(flextok.flow_time(u, "uniform", 0.25), 1 - u, 1e-14)
+    normal = flextok.flow_time((torch.arange(1000) + 0.5) / 1000, "logit-normal", 0.25)
+    assert abs(torch.logit(normal).std().item() - 1) < 0.01
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_invariant_14_calls_an_image(k):
+    for g, calls in ((1.0, 4), (3.0, 8)):
+        oracle = Oracle(images())
+        flextok.sample(oracle, images(seed=2), torch.zeros(3, k).long(), config(guidance=g))
+        assert oracle.calls == 3 * calls
+
+
+def test_invariant_15_laws_of_nested_dropout():
+    R, u = 256, torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    i = torch.arange(1, R + 1)
+    pow2, uniform = (flextok.kept_tokens(u, R, law) for law in ("pow2", "uniform"))
+    assert pow2.unique().tolist() == [2 ** j for j in range(9)]
+    assert uniform.min() == 1 and uniform.max() == R
+    theory = torch.tensor([sum(2 ** j >= n for j in range(9)) / 9 for n in i.tolist()])
+    for kept, expected in ((pow2, theory), (uniform, (R - i + 1) / R)):
+        close((kept[:, None] >= i).float().mean(0), expected, 0.01)
+    assert abs(pow2.float().mean() - 56.8) < 1.5 and abs(uniform.float().mean() - 128.5) < 1.5
+    assert (theory > (R - i + 1) / R).nonzero().min() + 1 == 229
+    edge = torch.tensor([0.0, 1 - 2 ** -24])
+    assert flextok.kept_tokens(edge, R, "pow2").tolist() == flextok.kept_tokens(edge, R, "uniform").tolist() == [1, R]
+
+
+def test_invariant_16_patches():
+    x = images(2, 3, 6)
+    u = flextok.patchify(x, 2)
+    assert torch.equal(flextok.unpatchify(u, 2, 6, 6), x)
+    for row, column, i, j, c in itertools.product(range(3), range(3), range(2), range(2), range(3)):
+        assert torch.equal(u[:, 3 * row + column, 6 * i + 3 * j + c], x[:, c, 2 * row + i, 2 * column + j])
+    table = flextok.sincos(5, 16)
+    assert torch.equal(table.view(5, 5, 16)[:3, :3].reshape(9, 16), flextok.sincos(3, 16))
+    for r, c, j in itertools.product(range(5), range(5), range(4)):
+        w = 10_000 ** (-j / 4)
+        expected = torch.tensor([math.sin(r * w), math.cos(r * w), math.sin(c * w), math.cos(c * w)])
+        close(table[5 * r + c, j::4], expected, 1e-6)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("preset, encoder, decoder, modulations", [
+    ("d12-d12", 85_185_798, 172_251_712, 85.0), ("d18-d18", 287_031_174, 578_292_544, 286.9),
+    ("d18-d28", 287_031_174, 2_169_276_992, 1079.6)])
+def test_invariant_17_published_tokenizer_sizes(preset, encoder, decoder, modulations):
+    cfg = dataclasses.replace(flextok.Config(), **flextok.PRESETS[preset])
+    with torch.device("meta"):
+        model = flextok.Tokenizer(cfg)
+    assert (count(model.encoder), count(model.decoder)) == (encoder, decoder)
+    assert round(sum(count(block.modulation) for block in model.decoder.blocks) / 1e6, 1) == modulations
+    assert {tuple(buffer.shape) for buffer in model.encoder.buffers()} == {(256, cfg.encoder * 64), (512, 512)}
+
+
+@pytest.mark.parametrize("preset, millions", [
+    ("ar-d10", 49), ("ar-d12", 85), ("ar-d16", 201), ("ar-d20", 393), ("ar-d24", 679), ("ar-d30", 1327),
+    ("ar-text-d12", 113), ("ar-text-d18", 382), ("ar-text-d26", 1152), ("ar-text-d36", 3058)])
+def test_invariant_20_published_gpt_sizes(preset, millions):
+    cfg = dataclasses.replace(flextok.Config(), **flextok.PRESETS[preset])
+    w, d, text = 64 * cfg.gpt, cfg.gpt, cfg.condition == "text"
+    with torch.device("meta"):
+        model = flextok.GPT(cfg, torch.zeros(4, 2048)) if text else flextok.GPT(cfg, torch.tensor(-1), classes=1000)
+    blocks = count(model.blocks)
+    exact = (16 if text else 12) * w ** 2 * d
+    assert exact - 2 * w * d <= blocks <= exact and (w % 3 or blocks == exact)    # SwiGLU's 8 w / 3 rounds down
+    assert abs(blocks / 1e6 - millions) < 0.5 + 0.001 * millions
+
+
+def test_invariant_18_mask():
+    mask = flextok.Encoder(config(size=6, patch=2, registers=4)).mask[3:, 3:]     # P = 9; cut to P = 6, R = 4
+    assert mask.sum(1).tolist() == [6, 6, 6, 6, 6, 6, 7, 8, 9, 10]
+    whole = flextok.Encoder(config()).mask
+    for q, s in itertools.product(range(17), range(17)):
+        assert whole[q, s] == (s < 9 or s <= q)
+
+
+@torch.no_grad()
+def test_invariant_19_separate_modulation():
+    block, h, tau = awake(flextok.DecoderBlock(32, 16)), torch.randn(2, 17, 32).double(), torch.randn(2, 32).double()
+    for part in (block.modulation.weight.view(2, 6, 32, 32), block.modulation.bias.view(2, 6, 32)):
+        part[:, 0] = 0                                                  # both attention gates
+    before = block(h, tau, 9)
+    block.modulation.weight.view(2, -1)[1] += torch.randn(6 * 32 * 32)  # the register half
+    block.modulation.weight.view(2, 6, 32, 32)[1, 0] = 0
+    after = block(h, tau, 9)
+    assert torch.equal(before[:, :9], after[:, :9]) and (before[:, 9:] - after[:, 9:]).abs().max() > 1e-3
+
+
+WORDS = ["a", "blue", "circle", "red"]
+
+
+def gpt(kind, **changes):
+    """An awake GPT of one of the three kinds, ids and conditions; some conditions are empty."""
+    cfg, g = config(**changes), torch.Generator().manual_seed(3)
+    if kind == "class":
+        model, cond = flextok.GPT(cfg, torch.tensor(-1), classes=5), torch.tensor([3, -1, 0])
+    elif kind == "words":
+        cond = torch.tensor([[1, 4, 7, 6], [1, 0, 0, 0], [1, 5, 6, 0]])
+        model = flextok.GPT(cfg, cond[1], words=WORDS)
+    else:
+        cond = torch.randn(3, 5, 12, generator=g).double()
+        cond[1, 1:] = cond[2, 3:] = 0
+        model = flextok.GPT(cfg, cond[1])
+    return awake(model), torch.randint(200, (3, 8), generator=g), cond
+
+
+KINDS = ["class", "words", "states"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_invariant_20_cache_equals_the_plain_form(kind):
+    model, ids, cond = gpt(kind)
+    plain = model(ids, cond)
+    h, words, mask = model.prepare(cond)
+    past = [None] * 2
+    for i in range(8):
+        close(model.go_on(h, i, words, mask, past)[:, 0], plain[:, i], 1e-12)
+        h = model.table(ids[:, i])[:, None]
+    for i in range(8):                                                  # position i sees ids before it, never later
+        changed = ids.clone()
+        changed[:, i:] = torch.randint(200, (3, 8 - i))
+        close(model(changed, cond)[:, :i + 1], plain[:, :i + 1], 1e-12)
+    assert (model(ids.roll(1, 0), cond)[:, 1:] - plain[:, 1:]).abs().amax((0, 2)).min() > 1e-3
+
+
+@torch.no_grad()
+def test_invariant_20_no_class_is_the_bare_start():
+    model, ids, _ = gpt("class")
+    zeroed = copy.deepcopy(model)
+    zeroed.classes.weight.zero_()
+    assert torch.equal(model(ids, torch.full((3,), -1)), zeroed(ids, torch.tensor([0, 1, 2])))
+    first = model.prepare(torch.tensor([2]))[0][0, 0]
+    close(first, model.start + model.classes.weight[2], 1e-14)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["words", "states"])
+def test_padding_of_a_caption_is_not_read(kind):
+    model, ids, cond = gpt(kind)
+    longer, plain = F.pad(cond, (0, 3) if kind == "words" else (0, 0, 0, 3)), model(ids, cond)
+    positions = model.word_position
+    if kind == "words":
+        model.word_position = torch.nn.Parameter(torch.cat([positions, torch.randn(3, 32).double()]))
+    close(model(ids, longer), plain, 1e-12)
+    cond, model.word_position = cond.clone(), positions
+    cond[0, 1] = 5 if kind == "words" else 1.0
+    assert (model(ids, cond)[0] - plain[0]).abs().max() > 1e-3
+
+
+def plain_generate(model, cond, u, cfg):
+    """F33 without a cache: all positions again for every token, numpy's search for the sampled id."""
+    ids = torch.zeros(len(cond), 0, dtype=torch.long)
+    for i in range(u.shape[1]):
+        padded = F.pad(ids, (0, 1))
+        logits = model(padded, cond)[:, -1]
+        if cfg.ar_guidance != 1:
+            free = model(padded, model.empty.expand_as(cond))[:, -1]
+            logits = free + cfg.ar_guidance * (logits - free)
+        p = (flextok.filtered(logits, cfg)).softmax(1).numpy()
+        new = [int(np.searchsorted(np.cumsum(row), float(x) * row.sum(), side="right")) for row, x in zip(p, u[:, i])]
+        ids = torch.cat([ids, torch.tensor(new)[:, None]], 1)
+    return ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("s", [1.0, 3.0])
+def test_generation_equals_the_plain_loop(kind, s):
+    model, _, cond = gpt(kind)
+    u, cfg = torch.rand(3, 8, generator=torch.Generator().manual_seed(4)), config(ar_guidance=s)
+    ids = flextok.generate(model, cond, u, cfg)
+    assert torch.equal(ids, plain_generate(model, cond, u, cfg))
+    assert torch.equal(ids[:, :3], flextok.generate(model, cond, u[:, :3], cfg))    # stopping early is a prefix
+
+
+def test_sampled_ids_follow_the_distribution():
+    model, _, _ = gpt("class", levels="3,2")
+    cond = torch.zeros(20_000, dtype=torch.long)
+    u = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(5))
+    ids = flextok.generate(model, cond, u, config(levels="3,2"))
+    p = model(torch.zeros(1, 1).long(), cond[:1])[0, 0].softmax(0)
+    close(torch.bincount(ids[:, 0], minlength=6) / 20_000, p.detach(), 0.012)
+
+
+def test_filters_by_value():
+    p = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    logits = p.log()
+    for changes, kept in ((dict(top_k=2), [1, 3]), (dict(top_p=0.65), [1, 3]), (dict(top_p=0.75), [1, 2, 3]),
+                          (dict(top_p=1e-6), [1]), (dict(top_k=9), [0, 1, 2, 3]), (dict(), [0, 1, 2, 3])):
+        out = flextok.filtered(logits, config(**changes)).softmax(1)[0]
+        assert out.nonzero()[:, 0].tolist() == kept
+        close(out[kept], p[0, kept].double() / p[0, kept].sum(), 1e-6)
+    cold = flextok.filtered(logits, config(temperature=0.5)).softmax(1)
+    close(cold, (p ** 2 / (p ** 2).sum()).double(), 1e-6)
+
+
+@torch.no_grad()
+def test_invariant_21_queries_and_keys_have_no_length():
+    attention, h = awake(flextok.Attention(32, 16)), torch.randn(2, 9, 32).double() * 30
+    before = attention(h)
+    attention.wq.weight *= 7.0
+    attention.wk.weight *= 0.3
+    close(attention(h), before, 1e-4)
+
+
+@torch.no_grad()
+def test_attention_by_formula():
+    attention, h, d = awake(flextok.Attention(32, 16)), torch.randn(2, 5, 32).double(), 16
+    mask = torch.rand(5, 5) < 0.6
+    mask.fill_diagonal_(True)
+    expected = torch.zeros(2, 5, 32).double()
+    unit = lambda a: (a - a.mean()) / (a.var(unbiased=False) + 1e-5).sqrt()
+    for b, head, i in itertools.product(range(2), range(2), range(5)):
+        part = slice(16 * head, 16 * head + 16)
+        q = unit((attention.wq.weight @ h[b, i])[part])
+        weights = torch.tensor([(q @ unit((attention.wk.weight @ h[b, s])[part]) * 8 / d).exp() * mask[i, s] for s in range(5)])
+        expected[b, i, part] = sum(w * (attention.wv.weight @ h[b, s])[part] for s, w in enumerate(weights / weights.sum()))
+    close(attention(h, mask=mask), expected @ attention.wo.weight.T, 1e-10)
+
+
+@torch.no_grad()
+def test_invariant_22_batch_independence():
+    model, (x, t, values), keep = tokenizer(), decoder_inputs(), torch.tensor([1, 4, 8])
+    null = torch.tensor([False, True, False])
+    z, v = model.encoder(x), model.decoder(x, t, values, keep, null)[0]
+    for j in range(3):
+        one = slice(j, j + 1)
+        close(model.encoder(x[one]), z[one], 1e-12)
+        close(model.decoder(x[one], t[one], values[one], keep[one], null[one])[0], v[one], 1e-12)
+
+
+def test_losses_by_formula():
+    torch.manual_seed(0)
+    model, (x, t, _), noise, keep = tokenizer(), decoder_inputs(), images(seed=8), torch.tensor([1, 4, 8])
+    model.align, model.repa = awake(torch.nn.Linear(32, 5)), 0.3
+    features = torch.randn(3, 5, 3, 3).double()                         # already on the grid of patches
+    value, parts = flextok.loss_tokenizer(model, (x, features), (t, noise, keep, NO))
+    values = model.fsq(model.encoder(x))[0]
+    point = torch.stack([t[b] * noise[b] + (1 - t[b]) * x[b] for b in range(3)])
+    v, patches = model.decoder(point, t, values, keep, NO)
+    cosines = [F.cosine_similarity(model.align(patches[b, i]), features[b, :, i // 3, i % 3], dim=0)
+               for b in range(3) for i in range(9)]
+    close(parts["flow"], ((v - (noise - x)) ** 2).mean(), 1e-12)
+    close(value, parts["flow"] - 0.3 * sum(cosines) / 27, 1e-12)
+
+
+def test_only_early_patches_of_the_decoder_are_aligned():
+    model, (x, t, values), keep = tokenizer(decoder=3, repa_layer=1), decoder_inputs(), torch.tensor([8, 8, 8])
+    seen = []
+    for block in model.decoder.blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append(out))
+    _, patches = model.decoder(x, t, values, keep, NO)
+    assert patches.shape == (3, 9, 48) and torch.equal(patches, seen[1][:, :9])
+
+
+def test_ar_loss_by_formula():
+    model, ids, cond = gpt("class")
+    drop = torch.tensor([True, False, False])
+    value = flextok.loss_ar(model, (ids, cond), drop)
+    logits = model(ids, torch.tensor([-1, -1, 0]))
+    expected = -sum(logits[b, i].log_softmax(0)[ids[b, i]] for b in range(3) for i in range(8)) / 24
+    close(value, expected, 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gpt_gradients_of_every_parameter(kind):
+    model, ids, cond = gpt(kind)
+    flextok.loss_ar(model, (ids, cond), torch.tensor([False, False, True])).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+# --- Command line --------------------------------------------------------------
+
+TINY = ["--size", "8", "--patch", "4", "--registers", "4", "--levels", "8,5", "--encoder", "1", "--decoder", "2", "--gpt", "1",
+        "--head", "8", "--steps", "2", "--batch", "4", "--euler", "2", "--count", "6"]
+
+
+def run(*argv):
+    """flextok.py with these arguments, in this process, on 200 training images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flextok.open_split, "__defaults__", (200,))
+        common.launch(flextok.main, common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, list(argv)))
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--registers", "6"], "power of 2"), (["--keep", "0"], "--keep 0: give all, or 1 to 8"), (["--keep", "9"], "1 to 8"),
+    (["--levels", "8,1"], "--levels 8,1"), (["--levels", "x"], "--levels x"), (["--head", "6"], "multiple of 4"),
+    (["--patch", "3"], "--size 16: must be a multiple of --patch 3"), (["--prompt", " "], "--prompt: is empty"),
+    (["--objects", "5"], "--objects 5"), (["--null", "2"], "--null 2.0"), (["--top_p", "0"], "--top_p 0.0"),
+    (["--temperature", "0"], "--temperature 0.0"), (["--classes", "a"], "--classes a"), (["--encode", "x.npz"], "--sample"),
+    (["--decode", "x.npz"], "--sample"), (["--repa_layer", "9"], "--repa_layer 9"), (["--teacher", "no.pt2"], "no.pt2"),
+    (["--nested", "what"], "invalid choice"), (["--channels", "1"], "give --channels 3"), (["--crop", "0.5"], "--crop 0.5"),
+    (["--data", "npz:nowhere.npz"], "nowhere.npz"), (["--data", "latents:nowhere.npz"], "nowhere.npz"),
+    (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
+    (["--stage", "ar", "--repa", "0"], "flextok/demo/tokenizer.pt"), (["--euler", "0"], "--euler 0"),
+    (["--stage", "ar", "--repa", "0", "--tokenizer", "no.pt"], "no.pt"),
+])
+def test_bad_input_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "judge", lambda data, role: pytest.fail("a judge was trained before the mistake was named"))
+    with pytest.raises(SystemExit) as stop:
+        run("--steps", "2", *argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The runs folder of two tiny finished runs, demo (classes) and text."""
+    where = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        run(*TINY)
+        run(*TINY, "--condition", "text", "--name", "text", "--objects", "2")
+    return where / "runs" / "flextok"
+
+
+def test_a_run_leaves_its_folder(trained):
+    names = {path.name for path in (trained / "demo").iterdir()}
+    assert {"config.json", "flextok.py", "tokenizer.pt", "ar.pt", "prefixes.png", "vocabulary.png", "generation.png",
+            "loss-tokenizer.svg", "log-ar.jsonl"} <= names
+
+
+def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(trained / "demo" / "tokenizer.pt")
+    before = (trained / "demo" / "tokenizer.pt").read_bytes()
+    run("--sample", checkpoint, "--encode", "tokens.npz")
+    found = np.load("tokens.npz")
+    assert found["ids"].shape == (200, 4) and found["ids"].max() < 40 and found["levels"].tolist() == [8, 5]
+    run("--sample", checkpoint, "--decode", "tokens.npz", "--keep", "2", "--count", "5")
+    assert (trained / "demo" / "samples" / "decoded.png").exists()
+    assert (trained / "demo" / "tokenizer.pt").read_bytes() == before
+    bad = {"another codebook": dict(ids=found["ids"], levels=[8, 8]), "must be": dict(ids=[[40]], levels=[8, 5]),
+           "ids (0,)": dict(ids=[], levels=[8, 5]), "no readable": dict(levels=[8, 5])}
+    for words, arrays in bad.items():
+        np.savez("bad.npz", **{key: np.array(value) for key, value in arrays.items()})
+        with pytest.raises(SystemExit) as stop:
+            run("--sample", checkpoint, "--decode", "bad.npz")
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    np.savez("short.npz", ids=found["ids"][:3, :2], levels=found["levels"])
+    with pytest.raises(SystemExit):
+        run("--sample", checkpoint, "--decode", "short.npz", "--keep", "3")
+    assert "share 2 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["demo/ar.pt", "--classes", "10"], "0 to 9"), (["demo/ar.pt", "--prompt", "red"], "never saw words"),
+    (["demo/tokenizer.pt", "--prompt", "red"], "never saw words"), (["demo/ar.pt", "--head", "16"], "--head 16"),
+    (["text/ar.pt", "--prompt", "two red circles"], "unknown words: circles two; known are: a "),
+    (["text/ar.pt", "--prompt", "a " * 60], "has 60 words; at most"), (["demo/ar.pt", "--keep", "5"], "1 to 4")])
+def test_sample_names_the_mistake(argv, words, trained, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--sample", str(trained / argv[0]), *argv[1:])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_generation_from_classes_and_from_words(trained):
+    for argv in (["demo/ar.pt", "--classes", "6,9", "--keep", "2"], ["text/ar.pt"], ["text/ar.pt", "--prompt", "a red star"],
+                 ["demo/tokenizer.pt"]):
+        picture = trained / argv[0].split("/")[0] / "samples" / (
+            "prefixes.png" if "tokenizer" in argv[0] else "generation.png")
+        picture.unlink(missing_ok=True)
+        run("--sample", str(trained / argv[0]), *argv[1:])
+        assert picture.exists()
+
+
+@pytest.mark.parametrize("argv", [
+    ["--nested", "uniform", "--registers", "3", "--time", "uniform", "--flip", "--no-apg", "--bf16"],
+    ["--time", "logit-normal", "--repa", "0", "--crop", "1.5", "--schedule", "linear", "--top_k", "3", "--objects", "4"],
+    ["--schedule", "cosine", "--ar_guidance", "1", "--top_p", "0.5", "--keep", "2", "--warmup", "0", "--max_time", "1"],
+    ["--guidance", "1", "--temperature", "0.5", "--stage", "tokenizer", "--null", "0", "--ema", "0"]])
+def test_every_option_trains(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*TINY, *argv)
+    assert (tmp_path / "runs/flextok/demo/prefixes.png").exists()
+
+
+def test_stage_ar_on_another_runs_tokenizer_and_on_states(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    states = np.zeros((201, 3, 5), np.float16)
+    states[:, 0] = np.random.default_rng(0).normal(size=(201, 5))
+    np.save("states.npy", states)
+    checkpoint = str(trained / "demo" / "tokenizer.pt")
+    run(*TINY, "--stage", "ar", "--tokenizer", checkpoint, "--condition", "text", "--text", "states.npy")
+    ours = torch.load("runs/flextok/demo/ar.pt", weights_only=True)["state"]["tokenizer"]
+    theirs = torch.load(checkpoint, weights_only=True)["state"]["ema"]
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    run("--sample", "runs/flextok/demo/ar.pt")
+    np.save("states.npy", states[:5])
+    with pytest.raises(SystemExit):
+        run(*TINY, "--stage", "ar", "--tokenizer", checkpoint, "--condition", "text", "--text", "states.npy", "--name", "x")
+
+
+class Features(torch.nn.Module):
+    """A teacher: S = 5 features of each quarter of the picture; as a list of places, or as a grid."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.conv, self.places = torch.nn.Conv2d(3, 5, 4, stride=4), places
+
+    def forward(self, x):
+        f = self.conv(x)
+        return f.flatten(2).transpose(1, 2)[:, :self.places] if self.places else f
+
+
+@pytest.mark.parametrize("kind", ["pt", "pt2"])
+def test_teacher_from_a_file(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for places in (0, 4, 3):
+        model, example = Features(places), torch.randn(4, 3, 8, 8)
+        if kind == "pt":
+            torch.jit.trace(model, example).save("teacher.pt")
+        else:
+            torch.export.save(torch.export.export(model, (example,)), "teacher.pt2")
+        words = [*TINY, "--teacher", f"teacher.{kind}", "--stage", "tokenizer", "--name", f"t{places}"]
+        if places == 3:
+            with pytest.raises(SystemExit) as stop:
+                run(*words)
+            assert stop.value.code == 2 and "cannot be resized" in capsys.readouterr().err
+        else:
+            run(*words)
+            state = torch.load(f"runs/flextok/t{places}/tokenizer.pt", weights_only=True)["state"]["ema"]
+            assert len(state["align.5.bias"]) == 5
+
+
+def test_latents_train_and_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    g = np.random.default_rng(0)
+    pack = {name: g.normal(size=(20, 4, 8, 8)).astype(np.float16) for name in ("latents", "logvar", "latents_flip", "logvar_flip")}
+    np.savez("pack.npz", labels=np.arange(20) % 2, scale=np.float32(0.5), **pack)
+    run(*TINY, "--data", "latents:pack.npz", "--channels", "4", "--repa", "0")
+    run("--sample", "runs/flextok/demo/ar.pt", "--classes", "1", "--guidance", "2")
+    with pytest.raises(SystemExit):
+        run(*TINY, "--data", "latents:pack.npz", "--channels", "4", "--name", "x")
+    assert "--repa 0" in capsys.readouterr().err

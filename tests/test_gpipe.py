@@ -1,0 +1,617 @@
+"""gpipe.py: the invariants of digest Sec. 7 by number, the golden runs, the models, the command."""
+
+import copy
+import hashlib
+import itertools
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import gpipe
+from tests import shared
+
+MODES = ["always", "except_last", "never"]
+CPU = ["cpu"] * 8
+
+
+def mlp(dtype=torch.float64, seed=0):
+    """Six layers without noise: (N, 6) -> (N, 4)."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.LayerNorm(10), nn.Linear(10, 10), nn.GELU(),
+                         nn.Linear(10, 4)).to(dtype)
+
+
+def batch(N=12, dtype=torch.float64):
+    g = torch.Generator().manual_seed(N)
+    return torch.randn(N, 6, generator=g, dtype=dtype), torch.randint(4, (N,), generator=g)
+
+
+def sizes_of(L, K):
+    return [L // K + (k < L % K) for k in range(K)]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def piped(model, x, y, K=2, M=4, mode="except_last", sizes=None, number=0, **options):
+    """(loss, output, input gradient, parameter gradients, pipeline) of one step on a copy of the model."""
+    model = copy.deepcopy(model)
+    pipe = gpipe.Pipeline(model, sizes or sizes_of(len(model), K), CPU, M, mode, **options)
+    value, output, grad = pipe.step(x, lambda out: F.cross_entropy(out, y.to(out.device)), number)
+    return value, output, grad, gradients(model), pipe
+
+
+def plain(model, x, y):
+    model, x = copy.deepcopy(model), x.clone().requires_grad_()
+    output = model(x)
+    value = F.cross_entropy(output, y)
+    value.backward()
+    return value.detach(), output.detach(), x.grad, gradients(model)
+
+
+def apart(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- The schedule on paper -----------------------------------------------------
+
+@pytest.mark.parametrize("K,M", itertools.product((1, 2, 3, 5), (1, 2, 4, 7)))
+def test_invariant_01_clock_cycles(K, M):
+    cycles = gpipe.clock_cycles(K, M)
+    assert len(cycles) == M + K - 1
+    assert Counter(entry for cycle in cycles for entry in cycle) == Counter(itertools.product(range(M), range(K)))
+    assert all(m + k == t for t, cycle in enumerate(cycles) for m, k in cycle)
+
+
+@pytest.mark.parametrize("mode,threads", itertools.product(MODES, (True, False)))
+def test_invariant_02_trace(mode, threads):
+    K, M = 3, 5
+    x, y = batch(10)
+    *_, pipe = piped(mlp(), x, y, K, M, mode, threads=threads)
+    for k in range(K):
+        mine = [(kind, m) for kind, m, stage in pipe.times if stage == k]
+        forward, rest = mine[:M], mine[M:]
+        assert forward == [("F", m) for m in range(M)]
+        expected = [("L", M - 1)] if k == K - 1 else []
+        for m in reversed(range(M)):
+            again = mode == "always" or mode == "except_last" and m != M - 1
+            expected += [("R", m)] * again + [("B", m)]
+        assert rest == expected
+    for m in range(M):
+        for k in range(1, K):
+            assert pipe.times["F", m, k][0] >= pipe.times["F", m, k - 1][0]
+            assert pipe.times["B", m, k - 1][1] >= pipe.times["B", m, k][1]
+            assert pipe.times["F", m, k][1] >= pipe.times["F", m, k - 1][1]
+
+
+def test_schedule_equals_the_figure():
+    """Fig. 2c, K = M = 4: the start of every box on a clock of unit times."""
+    times = gpipe.simulate(gpipe.schedule(4, 4, "never"), lambda kind, m, k: kind != "L")
+    for m, k in itertools.product(range(4), range(4)):
+        assert times["F", m, k] == (m + k, m + k + 1)
+        assert times["B", m, k][0] == 7 + (3 - m) + (3 - k)
+
+
+@pytest.mark.parametrize("K,M", itertools.product((1, 2, 4, 5), (1, 2, 4, 9, 32)))
+def test_invariant_08_makespan_and_bubble(K, M):
+    f, b, r = 3, 5, 2
+    cost = {"F": f, "B": b, "R": r, "L": 0}
+    def run(mode, **options):
+        return gpipe.simulate(gpipe.schedule(K, M, mode), lambda kind, m, k: cost[kind], **options)
+    share, span = gpipe.idle(run("never"), K)
+    assert span == (M + K - 1) * (f + b)
+    assert share == pytest.approx((K - 1) / (M + K - 1), abs=1e-15) == gpipe.bubble(K, M)
+    assert gpipe.idle(run("always"), K)[1] == (M + K - 1) * (f + b) + M * r
+    assert gpipe.idle(run("except_last"), K)[1] == (M + K - 1) * (f + b) + (M - 1) * r
+    # invariant 9: recomputing early saves (K - 1) R
+    assert gpipe.idle(run("always", early=False), K)[1] == (M + K - 1) * (f + b + r)
+    uneven = [2 + k % 3 for k in range(K)]
+    times = gpipe.simulate(gpipe.schedule(K, M, "never"),
+                           lambda kind, m, k: {"F": 1, "B": 2, "L": 0}[kind] * uneven[k])
+    assert gpipe.idle(times, K)[1] == 3 * (sum(uneven) + (M - 1) * max(uneven))
+
+
+def test_invariant_08_limits():
+    assert gpipe.bubble(1, 7) == 0 and gpipe.bubble(4, 1) == 3 / 4 and gpipe.bubble(4, 10**9) < 1e-8
+    slow = gpipe.simulate(gpipe.schedule(2, 3, "never"), lambda kind, m, k: kind != "L", link=1)
+    assert gpipe.idle(slow, 2)[1] == 2 * (3 + 1 + 1)
+
+
+@pytest.mark.parametrize("goal", ["variance", "bottleneck"])
+def test_invariant_19_partition(goal):
+    rng = np.random.default_rng(0)
+    for L, K in itertools.product((1, 2, 5, 9, 12), (1, 2, 3, 4)):
+        if K > L:
+            continue
+        costs = rng.integers(0, 20, L)
+
+        def price(sizes, costs=costs):
+            loads = [sum(costs[end - size:end]) for size, end in zip(sizes, np.cumsum(sizes))]
+            return max(loads) if goal == "bottleneck" else np.var(loads)
+
+        cuts = itertools.combinations(range(1, L), K - 1)
+        best = min(price(np.diff([0, *cut, L])) for cut in cuts)
+        sizes = gpipe.partition(costs, K, goal)
+        assert len(sizes) == K and min(sizes) > 0 and sum(sizes) == L
+        assert price(sizes) == pytest.approx(best)
+        assert price(gpipe.partition(costs * 7.0, K, goal)) == pytest.approx(best)
+        assert price(gpipe.partition(costs[::-1], K, goal)[::-1]) == pytest.approx(best)
+    assert gpipe.partition([1, 2, 3, 4, 5, 6], 2, goal) == [4, 2]
+    assert gpipe.partition([1] * 8, 4, goal) == [2, 2, 2, 2]
+
+
+# --- The engine against one device ---------------------------------------------
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("N", [12, 10])
+def test_invariant_03_gradients_equal_one_device(dtype, bound, N):
+    model, (x, y) = mlp(dtype), batch(N, dtype)
+    value, output, _, expected = plain(model, x, y)
+    for K, M in itertools.product(range(1, 7), (1, 2, 3, 4, 5, 7, 12, 40)):
+        mode = MODES[(K + M) % 3]
+        found, out, _, grads, pipe = piped(model, x, y, K, M, mode)
+        assert abs(found - value) <= bound and (out - output).abs().max() <= bound
+        assert apart(grads, expected) <= bound, (K, M, mode)
+        assert pipe.M == min(M, N)
+
+
+@pytest.mark.parametrize("M", [1, 3, 4])
+def test_invariant_04_bitwise_over_stages_modes_and_threads(M):
+    model, (x, y) = mlp(torch.float32), batch(10, torch.float32)
+    reference = piped(model, x, y, 1, M, "never", threads=False)
+    for K, mode, threads in itertools.product((1, 2, 3, 6), MODES, (True, False)):
+        found = piped(model, x, y, K, M, mode, threads=threads)
+        assert torch.equal(found[0], reference[0]) and torch.equal(found[1], reference[1])
+        assert same(found[3], reference[3]), (K, mode, threads)
+
+
+def test_invariant_05_one_micro_batch_is_the_plain_model():
+    model, (x, y) = mlp(torch.float32), batch(12, torch.float32)
+    value, output, _, expected = plain(model, x, y)
+    found, out, _, grads, _ = piped(model, x, y, 3, 1, "never")
+    assert torch.equal(found, value) and torch.equal(out, output) and same(grads, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_invariant_06_input_gradient(mode):
+    model, (x, y) = mlp(), batch(10)
+    expected = plain(model, x, y)[2]
+    assert (piped(model, x.requires_grad_(), y, 3, 4, mode)[2] - expected).abs().max() <= 1e-12
+    assert piped(model, x.detach(), y, 3, 4, mode)[2] is None
+
+
+def test_invariant_07_uneven_pieces():
+    model, (x, y) = mlp(), batch(10)
+    value, _, _, expected = plain(model, x, y)
+    found, _, _, grads, _ = piped(model, x, y, 2, 4)
+    assert abs(found - value) <= 1e-12 and apart(grads, expected) <= 1e-12
+    pieces = list(zip(x.tensor_split(4), y.tensor_split(4)))
+    assert [len(a) for a, _ in pieces] == [3, 3, 2, 2] == [len(a) for a in gpipe.split(x, 4)]
+    wrong = torch.stack([plain(model, a, b)[0] for a, b in pieces]).mean()
+    assert abs(wrong - value) > 1e-3
+
+
+class Spy(gpipe.Pipeline):
+    """Counts stashed inputs and live interiors of every stage after every task."""
+
+    def follow(self, tasks):
+        self.seen = getattr(self, "seen", None) or []
+        for task in tasks:
+            before = len(self.seen)
+            super().follow([task])
+            stash, live = ([m for m, k in d if k == task[2]] for d in (self.inputs, self.outputs))
+            rows = sum(len(self.inputs[m, task[2]]) for m in stash)
+            assert len(self.seen) == before
+            self.seen.append((task, len(stash), len(live), rows))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_invariants_11_and_12_what_is_kept(mode):
+    K, M, N = 3, 4, 10
+    x, y = batch(N)
+    model = mlp()
+    pipe = Spy(model, [2, 2, 2], CPU, M, mode, threads=False)
+    pipe.step(x, lambda out: F.cross_entropy(out, y))
+    for k in range(K):
+        mine = [entry for entry in pipe.seen if entry[0][2] == k]
+        turn = [entry for entry in mine if entry[0][0] == "F"][-1]
+        assert turn[1] == M and turn[3] == N
+        assert turn[2] == {"always": 0, "except_last": 1, "never": M}[mode]
+        backward = [entry for entry in mine if entry[0][0] in "RB"]
+        if mode != "never":
+            assert max(entry[2] for entry in backward) == 1
+        assert [entry[1] for entry in mine if entry[0][0] == "B"] == list(reversed(range(M)))
+        assert mine[-1][1:] == (0, 0, 0)
+
+
+def test_invariant_12_memory_formula():
+    """Equal layers: the peak of a stage is N + (L / K) (N / M) rows."""
+    L, K, M, N, width = 8, 4, 4, 16, 32
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(L)))
+    rows = gpipe.profile(model, torch.zeros(N // M, width))
+    for _, peak in gpipe.footprint(rows, [L // K] * K, M, "always"):
+        # the interior of one micro-batch is the input of each of its layers, the first of which is in the stash
+        assert peak == (N + (L // K - 1) * N // M) * width * 4
+
+
+@pytest.mark.parametrize("M,mode", itertools.product((1, 2, 5), MODES))
+def test_invariant_13_bytes_over_boundaries(M, mode):
+    N = 10
+    x, y = batch(N)
+    *_, pipe = piped(mlp(), x, y, 3, M, mode, sizes=[1, 3, 2])
+    for k in (1, 2):
+        assert pipe.ahead[k].bytes + pipe.back[k].bytes == 2 * N * 10 * 8
+    assert len(pipe.ahead) == len(pipe.back) == 4
+
+
+def test_invariant_17_one_update_and_untouched_weights():
+    model, (x, y) = mlp(), batch(12)
+    hashes, steps = [], []
+
+    class Watch(gpipe.Pipeline):
+        def cell(self, *args, **options):
+            data = b"".join(p.detach().numpy().tobytes() for p in self.model.parameters())
+            hashes.append(hashlib.sha256(data).hexdigest())
+            return super().cell(*args, **options)
+
+    pipe = Watch(model, [3, 3], CPU, 4, "always")
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    opt.register_step_post_hook(lambda *_: steps.append(1))
+    for number in range(2):
+        opt.zero_grad()
+        pipe.step(x, lambda out: F.cross_entropy(out, y), number)
+        opt.step()
+    assert len(hashes) == 2 * 2 * 2 * 4 and len(steps) == 2
+    assert len(set(hashes[:16])) == 1 and len(set(hashes[16:])) == 1 and hashes[0] != hashes[16]
+
+
+def test_invariant_18_training_does_not_depend_on_stages():
+    x, y = batch(12)
+    curves = []
+    for K in (1, 2, 3, 4):
+        model = mlp()
+        pipe, opt = gpipe.Pipeline(model, sizes_of(6, K), CPU, 3), torch.optim.SGD(model.parameters(), 0.1)
+        curves.append([])
+        for number in range(20):
+            opt.zero_grad()
+            curves[-1].append(float(pipe.step(x, lambda out: F.cross_entropy(out, y), number)[0]))
+            opt.step()
+    assert np.abs(np.array(curves) - curves[0]).max() <= 1e-10 and curves[0][-1] < curves[0][0]
+
+
+def test_invariant_20_names_survive():
+    model = mlp()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gpipe.Pipeline(model, [1, 4, 1], CPU, 2)
+    assert same(model.state_dict(), before)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in mlp().named_parameters()]
+
+
+@pytest.mark.parametrize("M", [1, 3, 20])
+def test_invariant_21_inference(M):
+    model, (x, _) = mlp(), batch(10)
+    pipe = gpipe.Pipeline(model, [2, 2, 2], CPU, M, "always")
+    out = pipe.infer(x.requires_grad_())
+    assert not out.requires_grad and (out - model(x)).abs().max() <= 1e-12
+    assert {kind for kind, _, _ in pipe.times} == {"F"} and not pipe.inputs and not pipe.outputs
+    assert len(pipe.times) == 3 * min(M, 10)
+
+
+class Trap(nn.Module):
+    """Identity that fails in its n-th forward call, or in backward."""
+
+    def __init__(self, call=None, backward=False):
+        super().__init__()
+        self.call, self.backward, self.calls, self.armed = call, backward, 0, True
+
+    def forward(self, x):
+        self.calls += 1
+        if self.armed and self.calls == self.call:
+            raise KeyError("trap")
+        y = x * 1.0
+        if self.backward and y.requires_grad:
+            y.register_hook(self.snap)
+        return y
+
+    def snap(self, grad):
+        if self.armed:
+            raise KeyError("trap")
+
+
+@pytest.mark.parametrize("stage,where", itertools.product(range(3), ("F", "R", "B")))
+def test_invariant_22_exceptions(stage, where):
+    M = 4
+    traps = [Trap() for _ in range(3)]
+    traps[stage] = Trap(backward=True) if where == "B" else Trap(2 if where == "F" else M + 1)
+    model = nn.Sequential(nn.Linear(6, 4), *traps, nn.Linear(4, 4)).double()
+    pipe = gpipe.Pipeline(model, [2, 1, 2], CPU, M, "always")
+    x, y = batch(8)
+    threads = threading.active_count()
+    start = time.perf_counter()
+    with pytest.raises(KeyError, match="trap"):
+        pipe.step(x, lambda out: F.cross_entropy(out, y))
+    assert time.perf_counter() - start < 1 and threading.active_count() == threads
+    if where == "F":
+        assert all(trap.calls <= 1 for trap in traps[stage + 1:])
+    traps[stage].armed = False
+    model.zero_grad()
+    pipe.step(x, lambda out: F.cross_entropy(out, y))
+    assert apart(gradients(model), plain(model, x, y)[3]) <= 1e-12
+
+
+def test_loss_that_fails_and_interrupt():
+    model, (x, y) = mlp(), batch(8)
+    pipe = gpipe.Pipeline(model, [2, 2, 2], CPU, 4)
+    with pytest.raises(ZeroDivisionError):
+        pipe.step(x, lambda out: 1 / 0)
+    assert pipe.step(x, lambda out: F.cross_entropy(out, y))[0] > 0
+
+
+class Pair(nn.Module):
+    """(floats, constant floats, ids) -> the same; uses all three."""
+
+    def __init__(self, first=False):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.seen = []
+
+    def forward(self, states):
+        x, mask, ids = states
+        return self.linear(x) * mask + ids[:, None], mask, ids
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_invariant_23_tuples_and_integers(mode):
+    torch.manual_seed(0)
+    model = nn.Sequential(Pair(), Pair(), Pair()).double()
+    x, mask, ids = torch.randn(6, 4).double(), torch.rand(6, 4).double(), torch.arange(6)
+    pipe = gpipe.Pipeline(model, [1, 1, 1], CPU, 3, mode)
+    value, output, grads = pipe.step((x, mask, ids), lambda out: out[0].square().mean())
+    other = copy.deepcopy(model)
+    other.zero_grad()
+    expected = other((x, mask, ids))
+    expected[0].square().mean().backward()
+    assert apart(gradients(model), gradients(other)) <= 1e-12
+    assert grads == (None, None, None) and torch.equal(output[2], ids) and output[2].dtype == torch.int64
+    assert pipe.ahead[1].bytes == 6 * (4 + 4 + 1) * 8 and pipe.back[1].bytes == 6 * 4 * 8
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class Sum(nn.Module):
+    def forward(self, states):
+        return states[0] * 2 + states[1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_tensor_twice_in_a_boundary(mode):
+    model, (x, y) = mlp(), batch(6)
+    both = nn.Sequential(*model[:3], Twice(), nn.Sequential(), Sum(), *model[3:])
+    assert apart(piped(both, x, y, 4, 2, mode, sizes=[3, 1, 1, 4])[3], plain(both, x, y)[3]) <= 1e-12
+
+
+def test_frozen_layers_and_grad_mode():
+    model, (x, y) = mlp(), batch(6)
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        grads = piped(model, x, y, 3, 2)[3]
+    assert "0.weight" not in grads and apart(grads, plain(model, x, y)[3]) <= 1e-12
+
+
+def test_gradients_accumulate_like_torch():
+    model, (x, y) = mlp(), batch(6)
+    pipe = gpipe.Pipeline(model, [3, 3], CPU, 2)
+    for _ in range(2):
+        pipe.step(x, lambda out: F.cross_entropy(out, y))
+    expected = plain(model, x, y)[3]
+    assert max((p.grad - 2 * expected[name]).abs().max() for name, p in model.named_parameters()) <= 1e-12
+
+
+def test_autocast_reaches_the_threads():
+    model, (x, y) = mlp(torch.float32), batch(6, torch.float32)
+    seen = []
+    model[4].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    pipe = gpipe.Pipeline(model, [2, 2, 2], CPU, 2, "always")
+    with torch.autocast("cpu", torch.bfloat16):
+        pipe.step(x, lambda out: F.cross_entropy(out.float(), y))
+    assert set(seen) == {torch.bfloat16} and len(gradients(model)) == 8
+
+
+# --- Layers that couple samples or draw ----------------------------------------
+
+def conv_net(dtype=torch.float64, momentum=0.1, eps=1e-5):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), gpipe.BatchNorm(4, eps, momentum), nn.ReLU(),
+        nn.Conv2d(4, 5, 3, 2, 1), gpipe.BatchNorm(5, eps, momentum), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(5, 4)).to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("mode,M", itertools.product(MODES, (1, 2, 3, 4, 20)))
+def test_invariant_14_batch_norm_counts_once(mode, M):
+    model, g = conv_net(), torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 3, 6, 6, generator=g).double() + 3, torch.randint(4, (8,), generator=g)
+    first = model[0](x)
+    pipe = gpipe.Pipeline(model, [3, 6], CPU, M, mode)
+    if M == 20:
+        model[0].weight.data[:] = 0.0
+        first = model[0](x)
+    pipe.step(x, lambda out: F.cross_entropy(out, y))
+    norm = model[1]
+    assert norm.num_batches_tracked == 1 == model[4].num_batches_tracked
+    assert (norm.running_mean - 0.1 * first.mean((0, 2, 3))).abs().max() <= 1e-12
+    biased = first.var((0, 2, 3), correction=0)
+    assert (norm.running_var - (0.9 + 0.1 * biased)).abs().max() <= 1e-12
+    out = pipe.infer(x)
+    assert norm.num_batches_tracked == 1
+    assert (out - model.eval()(x)).abs().max() <= 1e-12
+    assert (gpipe.Pipeline(model, [4, 5], CPU, 5).infer(x) - out).abs().max() <= 1e-12
+
+
+def test_invariant_15_batch_norm_normalises_pieces():
+    x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+    norm = gpipe.BatchNorm(3).double()
+    model = nn.Sequential(norm, nn.Identity())
+    for M in (1, 2, 4):
+        out = gpipe.Pipeline(model, [1, 1], CPU, M).step(x, lambda out: out.sum())[1]
+        pieces = [F.batch_norm(piece, None, None, norm.weight, norm.bias, True, 0.1, norm.eps) for piece in x.tensor_split(M)]
+        assert torch.equal(out, torch.cat(pieces))
+
+
+class Drop(nn.Module):
+    """Keeps its input when dropout is over, so that a test can compare zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = gpipe.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(x)
+
+
+def test_invariant_16_dropout():
+    x = torch.rand(8, 50, dtype=torch.float64).requires_grad_()
+    outcomes = []
+    for mode, K, threads in itertools.product(MODES, (1, 2), (True, False)):
+        model = nn.Sequential(Drop(), Drop())
+        torch.manual_seed(3)
+        pipe = gpipe.Pipeline(model, sizes_of(2, K), CPU, 4, mode, seed=5, threads=threads)
+        state = torch.get_rng_state()
+        _, out, grad = pipe.step(x, lambda out: out.sum(), 7)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(out == 0, grad == 0) and 0.6 < (out == 0).double().mean() < 0.9
+        outcomes.append((out, grad))
+    assert all(torch.equal(a, outcomes[0][0]) and torch.equal(b, outcomes[0][1]) for a, b in outcomes)
+    different = gpipe.Pipeline(model, [1, 1], CPU, 4, seed=5).step(x, lambda out: out.sum(), 8)[1]
+    other_layer = outcomes[0][0][:2] == 0, outcomes[0][0][2:4] == 0
+    assert not torch.equal(different, outcomes[0][0]) and not torch.equal(*other_layer)
+
+
+# --- Golden runs ---------------------------------------------------------------
+
+def golden(name):
+    with np.load(shared("goldens", "gpipe", f"{name}.npz")) as stored:
+        return {key: torch.from_numpy(np.array(stored[key])) for key in stored.files}
+
+
+def entries(stored, prefix):
+    return {key[len(prefix):]: value for key, value in stored.items() if key.startswith(prefix)}
+
+
+def test_golden_transparency():
+    stored, model = golden("transparency"), mlp()
+    model.load_state_dict(entries(stored, "w/"))
+    x, y = stored["x"].requires_grad_(), stored["target"]
+    for sizes, M, mode in itertools.product(([6], [1, 5], [2, 2, 2], [3, 1, 1, 1], [1] * 6), (1, 4, 5, 12), MODES):
+        value, output, grad, grads, _ = piped(model, x, y, M=M, mode=mode, sizes=sizes)
+        assert abs(value - stored["loss"]) <= 1e-12 and (output - stored["logits"]).abs().max() <= 1e-12
+        assert (grad - stored["grad_x"]).abs().max() <= 1e-12 and apart(grads, entries(stored, "grad/")) <= 1e-12
+    value, _, _, grads, _ = piped(model, x.detach()[:10], y[:10], 3, 4)
+    assert abs(value - stored["n10_loss"]) <= 1e-12 and apart(grads, entries(stored, "n10_grad/")) <= 1e-12
+    assert abs(value - stored["n10_WRONG_unweighted_loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("name,make", [
+    ("sgdm", lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)), ("adam", lambda p: torch.optim.Adam(p, 0.01)),
+    ("rmsprop", lambda p: torch.optim.RMSprop(p, 0.01, alpha=0.9, eps=1e-3))])
+def test_golden_trajectories(name, make):
+    stored, model = golden("transparency"), mlp()
+    model.load_state_dict(entries(stored, "w/"))
+    pipe, opt = gpipe.Pipeline(model, [2, 2, 2], CPU, 4), make(model.parameters())
+    for number, expected in enumerate(stored[f"traj_{name}_losses"]):
+        opt.zero_grad()
+        value = pipe.step(stored["x"], lambda out: F.cross_entropy(out, stored["target"]), number)[0]
+        assert abs(value - expected) <= 1e-12
+        opt.step()
+    assert apart(dict(model.named_parameters()), entries(stored, f"traj_{name}/")) <= 1e-12
+
+
+@pytest.mark.parametrize("M,mode", itertools.product((1, 2, 4), MODES))
+def test_golden_batch_norm(M, mode):
+    stored, model = golden("batchnorm_pipeline"), conv_net()
+    model.load_state_dict(entries(stored, "w/"))
+    pipe = gpipe.Pipeline(model, [3, 6], CPU, M, mode)
+    value, logits, _ = pipe.step(stored["x"], lambda out: F.cross_entropy(out, stored["target"]))
+    once = entries(stored, f"M{M}_defer1_always/")
+    assert abs(value - once["loss"]) <= 1e-10 and (logits - once["logits"]).abs().max() <= 1e-10
+    assert apart(gradients(model), entries(once, "grad/")) <= 1e-10
+    state = model.state_dict()
+    for key in [key for key in once if "running" in key or "tracked" in key]:
+        assert (state[key] - stored[f"M{M}_defer1_{mode}/{key}"]).abs().max() <= 1e-10
+    expected = stored[f"M{M}_defer1_{mode}/eval_logits"]
+    assert (pipe.infer(stored["x_eval"]) - expected).abs().max() <= 1e-10
+
+
+def test_golden_batch_norm_training():
+    stored, model = golden("batchnorm_pipeline"), conv_net()
+    model.load_state_dict(entries(stored, "w/"))
+    pipe, opt = gpipe.Pipeline(model, [3, 6], CPU, 4), torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for number, expected in enumerate(stored["train3/losses"]):
+        opt.zero_grad()
+        value = pipe.step(stored["x"], lambda out: F.cross_entropy(out, stored["target"]), number)[0]
+        assert abs(value - expected) <= 1e-10
+        opt.step()
+    final, state = entries(stored, "train3/final/"), model.state_dict()
+    assert len(final) >= 8 and max((state[key] - final[key]).abs().max() for key in final) <= 1e-10
+
+
+# --- The models ----------------------------------------------------------------
+
+def count(model, matrices=False):
+    return sum(p.numel() for p in model.parameters() if not matrices or p.ndim == 2)
+
+
+@pytest.mark.parametrize("L,D,expected", [
+    (18, 208, 81_505_540), (18, 416, 319_024_120), (18, 544, 542_734_840), (36, 544, 1_055_832_376),
+    (72, 512, 1_844_858_344), (18, 256, 122_470_120), (18, 128, 31_694_440), (18, 512, 481_268_200)])
+def test_invariant_24_amoebanet_d(L, D, expected):
+    with torch.device("meta"):
+        model = gpipe.amoebanet("d", L, D, 1000)
+    assert count(model) == expected and len(model) == L + 6
+
+
+@pytest.mark.parametrize("L,D,millions", [
+    (18, 208, 81.1), (18, 416, 317.6), (18, 544, 540.2), (36, 544, 1053.3), (72, 512, 1842.6), (18, 256, 121.9),
+    (18, 128, 31.6), (18, 512, 479.0)])
+def test_invariant_24_amoebanet_d_with_the_tpu_stem(L, D, millions):
+    with torch.device("meta"):
+        assert abs(count(gpipe.amoebanet("d", L, D, 1000, "tpu")) / 1e6 - millions) <= 0.06
+
+
+def test_invariant_24_the_557_million_model():
+    with torch.device("meta"):
+        assert count(gpipe.amoebanet("b", 18, 512, 1000, "tpu")) == 557_277_864
+
+
+@pytest.mark.parametrize("L,H,A,millions", [(6, 8192, 16, 407.9), (24, 8192, 16, 1238), (12, 16384, 32, 1238),
+                                            (32, 16384, 32, 3084), (64, 16384, 32, 6037)])
+def test_invariant_24_translation_transformers(L, H, A, millions):
+    with torch.device("meta"):
+        model = gpipe.transformer(L, H, A, 64000)
+    assert count(model, True) == L * (4 * 1024 * 64 * A + 2 * 1024 * H) + L * (
+        8 * 1024 * 64 * A + 2 * 1024 * H) + 2 * 64000 * 1024
+    assert abs(count(model, True) / 1e6 - millions) <= 0.5 and len(model) == 2 * L + 2
+
+
+@pytest.mark.parametrize("L,gib", [(3, 3.15), (13, 8.8), (103, 59.5), (415, 235.1), (1663, 937.9)])
+def test_invariants_24_and_25_table_1(L, gib):
+    with torch.device("meta"):
+        model = gpipe.transformer(L, 8192, 32, 32000, 2048, decoder=False)
+    assert count(model) == L * (4 * 2048**2 + 2 * 2048 * 8192 + 26_624) + 2 * 32000 * 2048 + 32000
+    assert abs(12 * count(model) / 2**30 / gib - 1) <= 0.005

@@ -1,0 +1,940 @@
+"""ViTok: the invariants of the digest, the official code's numbers, and oracles written from the formulas."""
+
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import common
+import data
+import vitok
+from tests import ROOT, official, shared
+from tests.tiny import argv
+
+TINY = {"model": "12x1x2-24x2x2/8", "channels": 4, "size": 32, "dit": "24x2x2"}
+CLIP = {**TINY, "model": "12x1x2-24x2x2/2x8", "size": 16, "frames": 4}
+
+
+def config(**fields):
+    return vitok.Config(**{**TINY, **fields})
+
+
+def build(cfg, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    model = vitok.Autoencoder(cfg).to(dtype)
+    for parameter in model.parameters():                      # zero biases and unit norms would hide mistakes
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs(plan):
+    return (plan["encoder MACs"] + plan["decoder MACs"]) / 1e9
+
+
+# --- Section 7 of the digest, in its order -------------------------------------
+
+@pytest.mark.parametrize("frames, size, model, tokens, e, ratio", [
+    (1, 256, "S-B/16", 256, 4096, 48), (1, 512, "S-B/16", 1024, 16384, 48),
+    (16, 256, "S-B/4x8", 4096, 65536, 48), (16, 128, "S-B/4x8", 1024, 16384, 48),
+    (1, 256, "S-B/32", 64, 1024, 192), (1, 256, "S-B/8", 1024, 16384, 12)])
+def test_invariant_01_table_of_e(frames, size, model, tokens, e, ratio):
+    plan = vitok.plan(config(frames=frames, size=size, model=model, channels=16))
+    assert (plan["tokens"], plan["E"], plan["pixels per float"]) == (tokens, e, ratio)
+    wide = vitok.plan(config(frames=frames, size=size, model=model, channels=64))
+    assert wide["E"] == 4 * e and wide["tokens"] == tokens
+
+
+@pytest.mark.parametrize("name, encoder, decoder, published", [
+    ("S-S/16", 43_163_960, 43_151_643, 2 * 43.3), ("B-B/16", 85_711_184, 85_698_867, 2 * 85.8),
+    ("L-L/16", 383_693_360, 383_674_899, 2 * 383.7), ("S-B/16", 43_163_960, 85_698_867, 129.0),
+    ("S-L/16", 43_163_960, 383_674_899, 426.8), ("B-L/16", 85_711_184, 383_674_899, 85.8 + 383.7),
+    ("1152x6x16-L/16", 480_292_055 - 383_674_899, 383_674_899, 480.3)])
+def test_invariant_02_parameters(name, encoder, decoder, published):
+    cfg = config(model=name, channels=16, size=256)
+    plan = vitok.plan(cfg)
+    assert (plan["encoder parameters"], plan["decoder parameters"]) == (encoder, decoder)
+    assert (encoder + decoder) / 1e6 == pytest.approx(published, rel=0.0035)
+
+
+@pytest.mark.parametrize("dit, exact", [("B", 130_592_336), ("L", 458_410_176), ("XL", 675_499_976)])
+def test_invariant_02_parameters_of_the_generator(dit, exact):
+    with torch.device("meta"):
+        assert count(vitok.DiT(config(model="S-B/16", channels=16, size=256, dit=dit), 1000)) == exact
+
+
+@pytest.mark.parametrize("model, frames, size, kernel, exact, published", [
+    ("S-B/16", 1, 256, None, 34.760, 34.8), ("S-L/16", 1, 256, None, 113.403, 113.4),
+    ("S-B/16", 1, 512, None, 160.781, 160.8), ("S-B/4x8", 16, 128, None, 160.781, 160.8),
+    ("S-B/8x8", 16, 128, 768, 73.143, 73.2), ("S-B/8x8", 16, 128, None, 73.747, 73.7),
+    ("S-B/4x16", 16, 128, 768, 34.760, 34.8), ("S-B/4x16", 16, 128, None, 35.665, 35.7)])
+def test_invariant_03_multiply_adds(model, frames, size, kernel, exact, published):
+    value = macs(vitok.plan(config(model=model, frames=frames, size=size, channels=16), kernel or 0))
+    assert value == pytest.approx(exact, abs=0.001)
+    assert value == pytest.approx(published, rel=0.0015)
+
+
+def test_invariant_03_table_1_one_side_at_a_time():
+    for size, encoder, decoder in (("S", 11.640, 11.637), ("B", 23.123, 23.120), ("L", 101.768, 101.764)):
+        plan = vitok.plan(config(model=f"{size}-{size}/16", channels=16, size=256))
+        assert plan["encoder MACs"] / 1e9 == pytest.approx(encoder, abs=0.001)
+        assert plan["decoder MACs"] / 1e9 == pytest.approx(decoder, abs=0.001)
+
+
+def test_invariant_03_flop_ratios_against_the_convolutional_auto_encoders():
+    assert 162.2 / 34.8 == pytest.approx(4.66, abs=0.005)
+    image = macs(vitok.plan(config(model="S-B/16", size=512, channels=16)))
+    video = macs(vitok.plan(config(model="S-B/4x8", size=128, frames=16, channels=16)))
+    assert 653.8 / image == pytest.approx(4.07, abs=0.005) and 505.3 / video == pytest.approx(3.14, abs=0.005)
+
+
+@pytest.mark.parametrize("fields", [{}, {"frames": 4, "model": "12x1x2-24x2x2/2x8"}, {"latents": 6}])
+def test_flop_formula_equals_torchs_counter(fields):
+    cfg = config(**fields)
+    model = build(cfg, torch.float32)
+    x = normal(1, 3, cfg.frames, cfg.size, cfg.size, dtype=torch.float32)
+    plan = vitok.plan(cfg)
+    with sdpa_kernel(SDPBackend.MATH):                        # the fused CPU kernel would not be counted
+        assert common.flops(lambda: model(x)) == pytest.approx(2e9 * macs(plan), rel=0.01)
+    assert plan["encoder parameters"] + plan["decoder parameters"] == count(model)
+
+
+def test_invariant_04_channels_cost_nothing_and_e_does_not_fix_the_cost():
+    few, many = (vitok.plan(config(model="S-B/16", size=256, channels=c)) for c in (4, 64))
+    parameters = [p["encoder parameters"] + p["decoder parameters"] for p in (few, many)]
+    assert macs(many) / macs(few) < 1.0025 and parameters[1] / parameters[0] < 1.0025
+    assert many["E"] == 16 * few["E"]
+    pairs = ((8, 4), (16, 16), (32, 64))
+    same = [vitok.plan(config(model=f"S-B/{p}", size=256, channels=c)) for p, c in pairs]
+    assert {plan["E"] for plan in same} == {4096}
+    assert macs(same[0]) / macs(same[2]) == pytest.approx(18.6, abs=0.1)
+
+
+def test_invariant_05_embedding_is_a_strided_convolution_and_its_transpose():
+    cfg = config(**CLIP)
+    model, x = build(cfg), normal(2, 3, 4, 16, 16)
+    kernel = model.encoder.embed.weight.view(12, 3, 2, 8, 8)
+    conv = F.conv3d(x, kernel, model.encoder.embed.bias, stride=(2, 8, 8)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(model.encoder.embed(vitok.patchify(x, 2, 8)), conv, rtol=0, atol=1e-10)
+    tokens = normal(2, 8, 24, seed=1)
+    kernel = model.decoder.to_pixels.weight.T.reshape(24, 3, 2, 8, 8)
+    square = tokens.transpose(1, 2).reshape(2, 24, 2, 2, 2)
+    conv = F.conv_transpose3d(square, kernel, model.decoder.colour.flatten(), stride=(2, 8, 8))
+    ours = vitok.unpatchify(model.decoder.to_pixels(tokens), (2, 2, 2), 2, 8) + model.decoder.colour
+    torch.testing.assert_close(ours, conv, rtol=0, atol=1e-10)
+
+
+def test_invariant_05_orthonormal_rows_make_decoding_the_inverse_of_embedding():
+    x = normal(2, 3, 4, 8, 8)
+    rows = torch.linalg.qr(normal(100, 96, seed=1)).Q                                  # d = 100 >= pi = 96
+    tokens = vitok.patchify(x, 2, 4) @ rows.T
+    torch.testing.assert_close(vitok.unpatchify(tokens @ rows, (2, 2, 2), 2, 4), x, rtol=0, atol=1e-10)
+
+
+def test_invariant_06_a_still_clip_embeds_like_one_image():
+    kernel, x = normal(12, 3, 4, 8, 8), normal(2, 3, 1, 16, 16, seed=1)
+    still = vitok.patchify(x.expand(-1, -1, 4, -1, -1), 4, 8) @ kernel.flatten(1).T
+    image = vitok.patchify(x, 1, 8) @ kernel.sum(2).flatten(1).T
+    torch.testing.assert_close(still, image, rtol=0, atol=1e-10)
+
+
+def turned(x, place):
+    angles = vitok.rope_angles(place, x.shape[-1])
+    return vitok.rotate(x, angles.cos(), angles.sin())
+
+
+def test_invariant_07_rope():
+    q, k = normal(1, 2, 24, 12), normal(1, 2, 24, 12, seed=1)
+    place = vitok.places((2, 3, 4), "3d")
+    torch.testing.assert_close(turned(q, place).norm(dim=-1), q.norm(dim=-1))
+    scores = turned(q, place) @ turned(k, place).transpose(2, 3)
+    shifted = place + torch.tensor([3, 5, 7])
+    moved = turned(q, shifted) @ turned(k, shifted).transpose(2, 3)
+    torch.testing.assert_close(scores, moved, rtol=0, atol=1e-5)
+    assert torch.equal(turned(q, torch.zeros(24, 3)), q)
+    still = vitok.places((1, 4, 6), "3d")
+    assert torch.equal(turned(q, still)[..., 8:], q[..., 8:])  # the third for time is unrotated
+    torch.testing.assert_close(turned(q, still)[..., :8], turned(q[..., :8], still[:, :2]))
+
+
+def test_invariant_07_rope_by_the_formula():
+    """One pair at a time: angle = pos * theta^(-6 i / d) in thirds of d = 12, in the order x, y, t."""
+    q, theta = normal(1, 1, 12, 12), 10000.0
+    out = turned(q, vitok.places((2, 2, 3), "3d"))
+    for n in range(12):
+        t, y, x = n // 6, n // 3 % 2, n % 3
+        for pair in range(6):
+            angle = (x, y, t)[pair // 2] * theta ** (-6 * (pair % 2) / 12)
+            a, b = q[0, 0, n, 2 * pair], q[0, 0, n, 2 * pair + 1]
+            cos, sin = math.cos(angle), math.sin(angle)
+            want = torch.stack((a * cos - b * sin, a * sin + b * cos))
+            torch.testing.assert_close(out[0, 0, n, 2 * pair:2 * pair + 2], want)
+
+
+def test_invariant_07_values_are_not_rotated():
+    attention = vitok.Attention(12, 2).double()
+    with torch.no_grad():
+        attention.qkv.weight[:24] = 0  # all scores equal: a plain mean of v
+    x, place = normal(2, 6, 12), vitok.places((1, 2, 3), "3d")
+    angles = vitok.rope_angles(place, 6)
+    plain = attention.out(F.linear(x, attention.qkv.weight[24:]).mean(1, keepdim=True).expand(-1, 6, -1))
+    torch.testing.assert_close(attention(x, angles.cos(), angles.sin()), plain)
+
+
+@pytest.mark.parametrize("d, parts", [(64, (22, 22, 20)), (72, (24, 24, 24)), (12, (4, 4, 4)), (10, (4, 4, 2))])
+def test_head_widths_split_evenly_with_the_remainder_for_time(d, parts):
+    angles = vitok.rope_angles(torch.eye(3), d)
+    assert tuple(2 * int((row != 0).sum()) for row in angles) == parts
+
+
+@pytest.mark.parametrize("kind", ["none", "3d", "1d"])
+def test_invariant_08_positions_alone_break_permutation(kind):
+    cfg = config(model="24x1x2-24x2x2/8", rope=kind)
+    trunk, x = build(cfg).decoder.trunk, normal(2, 16, 24)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    gap = (trunk(x[:, order]) - trunk(x)[:, order]).abs().max()
+    assert gap < 1e-5 if kind == "none" else gap > 1e-3
+
+
+def test_invariant_09_attention_is_bidirectional_in_time():
+    model, x = build(config(**CLIP)), normal(1, 3, 4, 16, 16)
+    other = x.clone()
+    other[:, :, -1] += 1
+    change = (model.encoder(other)[0] - model.encoder(x)[0]).abs()
+    assert change[:, :4].max() > 1e-6  # the four tokens of the first two frames
+
+
+def test_invariant_10_kl():
+    zero = torch.zeros(2, 5, 3, dtype=torch.float64)
+    assert torch.equal(vitok.kl_term(zero, zero), torch.zeros(2, dtype=torch.float64))
+    mean, logvar = normal(2, 5, 3), normal(2, 5, 3, seed=1)
+    value = vitok.kl_term(mean, logvar)
+    assert (value > 0).all()
+    gauss = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (logvar / 2).exp()),
+                                              torch.distributions.Normal(zero, zero + 1))
+    torch.testing.assert_close(value, gauss.mean((1, 2)))
+    torch.testing.assert_close(vitok.kl_term(mean.repeat(1, 4, 2), logvar.repeat(1, 4, 2)), value)
+    model = build(config())
+    with torch.no_grad():
+        model.encoder.to_code.bias[4:6], model.encoder.to_code.bias[6:] = -1e3, 1e3
+    _, logvar = model.encoder(normal(1, 3, 1, 32, 32))
+    assert torch.equal(logvar[..., :2], torch.full_like(logvar[..., :2], -30))
+    assert torch.equal(logvar[..., 2:], torch.full_like(logvar[..., 2:], 20))
+
+
+def test_invariant_10_without_variance():
+    model, x = build(config(variational=False)), normal(2, 3, 1, 32, 32)
+    recon, mean, logvar = model(x, normal(2, 16, 4))
+    assert logvar is None and mean.shape == (2, 16, 4)
+    assert torch.equal(recon, model.decoder(mean))
+    assert torch.equal(vitok.kl_term(mean, logvar), mean.new_zeros(2))
+
+
+def test_invariant_11_evaluation_uses_the_mean():
+    model, x = build(config()), normal(2, 3, 1, 32, 32)
+    first, mean, logvar = model(x)
+    assert torch.equal(first, model(x)[0]) and torch.equal(first, model.decoder(mean))
+    one, two = model(x, normal(2, 16, 4))[0], model(x, normal(2, 16, 4, seed=1))[0]
+    assert (one - two).abs().max() > 1e-3
+    with torch.no_grad():
+        model.encoder.to_code.weight[4:], model.encoder.to_code.bias[4:] = 0, -1e3
+    torch.testing.assert_close(model(x, normal(2, 16, 4))[0], model(x)[0], rtol=0, atol=1e-4)
+
+
+def features(x):
+    """A stand-in for VGG that any image size allows: two fixed random convolutions of frames."""
+    first = F.conv2d(x, normal(6, 3, 3, 3, seed=8, dtype=x.dtype), padding=1).relu()
+    return [first, F.conv2d(first, normal(5, 6, 3, 3, seed=9, dtype=x.dtype), padding=1, stride=2).relu()]
+
+
+def perceptual(x, y):
+    return vitok.lpips(x, y, features, [normal(n, seed=7, dtype=x.dtype).abs() for n in (6, 5)])
+
+
+def decoder_gradients(model, disc, x, cfg, ramp=0.5):
+    model.zero_grad()
+    draws = {"noise": normal(len(x), 16, 4, seed=3), "length": None}
+    value, _, recon = vitok.loss_decoder(model, x, draws, cfg, perceptual, disc, cfg.gan * ramp)
+    value.backward(inputs=list(model.decoder.parameters()))
+    return [p.grad.clone() for p in model.decoder.parameters()], recon
+
+
+def test_invariant_12_stage_two_touches_the_decoder_alone():
+    cfg = config(gan=0.05)
+    model, disc, x = build(cfg), vitok.Discriminator(32, 8).double(), normal(2, 3, 1, 32, 32)
+    before = model.encoder(x)
+    opt = torch.optim.AdamW(model.decoder.parameters(), 1e-2)
+    for _ in range(10):
+        _, recon = decoder_gradients(model, disc, x, cfg)
+        opt.step()
+    assert all(p.grad is None for p in [*model.encoder.parameters(), *disc.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.encoder(x)))
+    with_kl, _ = decoder_gradients(model, disc, x, cfg)
+    without, _ = decoder_gradients(model, disc, x, config(gan=0.05, kl=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(with_kl, without))
+    whole = [p for p in model.parameters()]
+    recon, mean, logvar = model(x, normal(2, 16, 4, seed=3))                           # nothing frozen here
+    value, _ = vitok.terms_of(recon, x, mean, logvar, cfg, perceptual)
+    value = value - 0.05 * 0.5 * disc(recon).mean()
+    free = torch.autograd.grad(value, whole)[-len(with_kl):]
+    assert all(torch.equal(a, b) for a, b in zip(with_kl, free))
+
+
+def test_invariant_13_clips_are_judged_frame_by_frame():
+    x, y = normal(2, 3, 4, 16, 16), normal(2, 3, 4, 16, 16, seed=1)
+    cfg, mean = config(**CLIP), torch.zeros(2, 8, 4, dtype=torch.float64)
+    disc = vitok.Discriminator(16, 8).double()
+    terms = vitok.terms_of(y, x, mean, mean, cfg, perceptual)[1]
+    terms["disc"] = vitok.loss_disc(disc, x, y)
+    single = [vitok.terms_of(y[:, :, f:f + 1], x[:, :, f:f + 1], mean, mean, cfg, perceptual)[1]
+              | {"disc": vitok.loss_disc(disc, x[:, :, f:f + 1], y[:, :, f:f + 1])} for f in range(4)]
+    order = torch.tensor([2, 0, 3, 1])
+    mixed = vitok.terms_of(y[:, :, order], x[:, :, order], mean, mean, cfg, perceptual)[1]
+    mixed["disc"] = vitok.loss_disc(disc, x[:, :, order], y[:, :, order])
+    for name in ("mse", "lpips", "disc"):
+        torch.testing.assert_close(terms[name], sum(s[name] for s in single) / 4)
+        torch.testing.assert_close(terms[name], mixed[name], rtol=0, atol=1e-6)
+
+
+class Fixed(nn.Module):
+    """A critic whose answer is the first pixel."""
+
+    def forward(self, x):
+        return x[:, 0, 0, 0, 0]
+
+
+def test_invariant_14_lpips_and_hinge():
+    x, y = normal(3, 3, 1, 16, 16), normal(3, 3, 1, 16, 16, seed=1)
+    assert torch.equal(perceptual(x, x), torch.zeros(3, dtype=torch.float64)) and (perceptual(x, y) > 0).all()
+    clip = torch.zeros(2, 3, 1, 4, 4)
+    assert vitok.loss_disc(Fixed(), clip, clip) == 1.0
+    assert vitok.loss_disc(Fixed(), clip + 1.5, clip - 1) == 0
+    assert vitok.loss_disc(Fixed(), clip - 1, clip + 3) == 0.5 * (2 + 4)
+    model, disc = build(config()), vitok.Discriminator(32, 8).double()
+    x = normal(2, 3, 1, 32, 32)
+    _, recon = decoder_gradients(model, disc, x, config(gan=1.0))
+    assert all(p.grad is None for p in disc.parameters())  # the G term leaves nothing in D
+    model.zero_grad()
+    vitok.loss_disc(disc, x, recon).backward()
+    assert all(p.grad is None for p in model.parameters())  # D sends nothing to the decoder
+    assert all(p.grad is not None for p in disc.parameters())
+
+
+def test_invariant_14_lpips_by_the_formula():
+    """unit vectors over channels, squared difference, channel weights, mean over space, sum over taps."""
+    x, y = normal(2, 3, 8, 8), normal(2, 3, 8, 8, seed=1)
+    heads = [normal(n, seed=7).abs() for n in (6, 5)]
+    for b in range(2):
+        total = 0.0
+        for f, g, head in zip(features(x), features(y), heads):
+            maps = []
+            for a in (f[b], g[b]):
+                n = np.sqrt((a.numpy() ** 2).sum(0) + 1e-10)
+                maps.append(a.numpy() / (n + 1e-10))
+            total += (head.numpy()[:, None, None] * (maps[0] - maps[1]) ** 2).sum(0).mean()
+        assert perceptual(x[:, :, None], y[:, :, None])[b].item() == pytest.approx(total, rel=1e-12)
+
+
+def vgg_file(path):
+    """A file in the layout of the `lpips` package (scaling layer, slices, heads twice), with random weights."""
+    torch.manual_seed(0)
+    state = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}
+    widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
+    for i, (a, b) in enumerate(zip(widths, widths[1:])):
+        state[f"net.{i}.weight"] = torch.randn(b, a, 3, 3) / math.sqrt(9 * a / 2)
+        state[f"net.{i}.bias"] = torch.randn(b) / 10
+    for prefix in ("lin", "lins."):
+        for i, n in enumerate((64, 128, 256, 512, 512)):
+            state[f"{prefix}{i}.model.1.weight"] = torch.rand(1, n, 1, 1)
+    torch.save(state, path)
+    return state
+
+
+def test_lpips_with_vgg_by_a_plain_walk(tmp_path):
+    state = vgg_file(tmp_path / "vgg.pt")
+    ours = vitok.perceptual_loss(config(vgg=str(tmp_path / "vgg.pt")), "cpu")
+    clips = normal(2, 1, 3, 2, 32, 32, dtype=torch.float32)
+    shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
+    sides = []
+    for clip in clips:
+        a, taps = (clip[0].transpose(0, 1) - shift) / scale, []
+        for i in range(13):
+            a = F.relu(F.conv2d(a, state[f"net.{i}.weight"], state[f"net.{i}.bias"], padding=1))
+            if i in (1, 3, 6, 9, 12):
+                taps.append(a / (a.square().sum(1, keepdim=True) + 1e-10).sqrt())
+                a = F.max_pool2d(a, 2)
+        sides.append(taps)
+    want = sum(F.conv2d((f - g).square(), state[f"lin{i}.model.1.weight"]).mean((1, 2, 3))
+               for i, (f, g) in enumerate(zip(*sides)))
+    torch.testing.assert_close(ours(*clips), want)
+
+
+@pytest.mark.parametrize("content", ["bytes", "short", "names"])
+def test_a_file_that_is_no_vgg(tmp_path, content):
+    path = tmp_path / "bad.pt"
+    if content == "bytes":
+        path.write_bytes(b"no weights")
+    else:
+        state = vgg_file(path)
+        torch.save([1, 2] if content == "names" else dict(list(state.items())[:20]), path)
+    with pytest.raises(common.UserError, match="bad.pt: not VGG16 and LPIPS weights"):
+        vitok.perceptual_loss(config(vgg=str(path)), "cpu")
+
+
+def rates(steps, **kwargs):
+    opt = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    out = []
+    for step in range(steps + 1):
+        vitok.set_rate(opt, step / steps, 4e-4, **kwargs)
+        out.append(opt.param_groups[0]["lr"])
+    return out
+
+
+def test_invariant_15_ramp_and_learning_rate():
+    assert [vitok.ramp(s, 5000, 50000) for s in (0, 5000, 30000, 55000, 99999)] == [0, 0, 0.5, 1, 1]
+    lr = rates(1000)
+    assert lr[0] == lr[1000] == pytest.approx(1e-5) and lr[30] == pytest.approx(4e-4) and max(lr) == lr[30]
+    assert lr[15] == pytest.approx((4e-4 + 1e-5) / 2) and lr[515] == pytest.approx((4e-4 + 1e-5) / 2)
+    assert all(a < b for a, b in zip(lr[:30], lr[1:31])) and all(a > b for a, b in zip(lr[30:], lr[31:]))
+    lr = rates(100, low=0.075, warmup=0.1)
+    assert lr[0] == pytest.approx(3e-5) and lr[10] == pytest.approx(4e-4)
+
+
+def dit(cfg, classes=5, seed=0, trained=True):
+    torch.manual_seed(seed)
+    model = vitok.DiT(cfg, classes).double()
+    if trained:
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def test_invariant_16_the_generator_at_initialisation():
+    model = dit(config(), trained=False)
+    z, label, time = normal(3, 16, 4), torch.tensor([0, 4, 5]), torch.tensor([0, 500, 999])
+    assert torch.equal(model(z, time, label), torch.zeros(3, 16, 8, dtype=torch.float64))
+    hidden, cond = normal(3, 16, 24), normal(3, 24, seed=1)
+    assert torch.equal(model.trunk.blocks[0](hidden, model.trunk.cos, model.trunk.sin, cond), hidden)
+    noise = normal(3, 16, 4, seed=2)
+    draws = {"time": time, "eps": noise, "drop": torch.zeros(3, dtype=torch.bool)}
+    assert torch.equal(vitok.loss_dit(model, (z, label), draws)[1]["mse"], noise.square().mean())
+
+
+def test_invariant_16_guidance_one_and_zero_are_the_branches():
+    model = dit(config())
+    z, label, time = normal(3, 16, 4), torch.tensor([0, 4, 2]), torch.tensor([0, 500, 999])
+    null = torch.full_like(label, 5)
+    assert torch.equal(vitok.guide(model, z, time, label, 1.0), model(z, time, label))
+    cond, free = model(z, time, label), model(z, time, null)
+    torch.testing.assert_close(vitok.guide(model, z, time, label, 0.0), free, rtol=0, atol=1e-14)
+    torch.testing.assert_close(vitok.guide(model, z, time, label, 3.0), free + 3 * (cond - free))
+
+
+def test_invariant_17_noise_schedule_and_respacing():
+    assert vitok.BAR[0].item() == pytest.approx(0.9999, abs=1e-15)
+    assert vitok.BAR[999].item() == pytest.approx(4.03583e-5, rel=1e-5)
+    assert len(vitok.BAR) == 1000
+    for steps in (2, 10, 250, 1000):
+        oracle = Oracle(normal(1, 5, 3))
+        vitok.sample(oracle, torch.tensor([1]), torch.Generator(), steps)
+        kept = oracle.times[::-1]
+        assert kept == [round(k * 999 / (steps - 1)) for k in range(steps)] and len(set(kept)) == steps
+        bars = vitok.BAR[kept]
+        betas = 1 - bars / torch.cat((torch.ones(1, dtype=torch.float64), bars[:-1]))
+        torch.testing.assert_close(torch.cumprod(1 - betas, 0), bars, rtol=0, atol=1e-12)
+
+
+class Oracle(nn.Module):
+    """The exact noise of a known clean code; the variance channels are rubbish."""
+
+    classes = 10
+
+    def __init__(self, clean):
+        super().__init__()
+        self.clean, self.times, self.table, self.head = clean, [], torch.zeros(5), nn.Linear(1, 6)
+
+    def forward(self, x, time, label):
+        self.times.append(int(time[0]))
+        bar = vitok.BAR[time].view(-1, 1, 1)
+        return torch.cat(((x - bar.sqrt() * self.clean) / (1 - bar).sqrt(), x), 2)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 250])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_invariant_18_an_oracle_leads_exactly_home(steps, eta):
+    oracle = Oracle(normal(2, 5, 3))
+    out = vitok.sample(oracle, torch.tensor([1, 2]), torch.Generator().manual_seed(0), steps, 1.0, eta)
+    torch.testing.assert_close(out.double(), oracle.clean, rtol=0, atol=1e-4)
+
+
+class Half(nn.Module):
+    """A model that is wrong in a known way: it calls half of x noise."""
+
+    table, head = torch.zeros(5), nn.Linear(1, 6)
+
+    def forward(self, x, time, label):
+        return torch.cat((x / 2, x), 2)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_steps_by_value(eta):
+    """Three steps written out from the formula; the last adds no noise."""
+    ours = vitok.sample(Half(), torch.tensor([1, 2]), torch.Generator().manual_seed(4), 3, 1.0, eta)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(2, 5, 3, generator=generator)
+    beta = np.linspace(1e-4, 0.02, 1000)
+    bar = np.cumprod(1 - beta)
+    for now, then in ((999, 500), (500, 0), (0, None)):
+        a, b = bar[now], 1.0 if then is None else bar[then]
+        sigma = eta * math.sqrt((1 - b) / (1 - a)) * math.sqrt(1 - a / b)
+        clean = (x - math.sqrt(1 - a) * x / 2) / math.sqrt(a)
+        x = math.sqrt(b) * clean + math.sqrt(1 - b - sigma**2) * x / 2
+        if then is not None and eta:
+            x = x + sigma * torch.randn(2, 5, 3, generator=generator)
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+
+
+def test_invariant_19_masking():
+    cfg = config(masked=True)
+    model, z = build(cfg), normal(3, 16, 4)
+    assert torch.equal(model.decoder(z, torch.tensor([16, 16, 16])), model.decoder(z))
+    short = z.clone()
+    short[0, 2:], short[1, 4:] = model.decoder.blank.data, model.decoder.blank.data
+    assert torch.equal(model.decoder(z, torch.tensor([2, 4, 16])), model.decoder(short))
+    assert torch.equal(vitok.Autoencoder(cfg).decoder.blank.data, torch.zeros(4))
+
+
+def test_invariant_19_latent_variant():
+    for p in (4, 8, 16):
+        cfg = config(model=f"12x1x2-24x2x2/{p}", latents=6)
+        model, x = build(cfg), normal(2, 3, 1, 32, 32)
+        recon, mean, logvar = model(x, normal(2, 6, 4))
+        assert mean.shape == logvar.shape == (2, 6, 4) and recon.shape == x.shape
+        assert vitok.plan(cfg)["E"] == 6 * 4
+    with torch.no_grad():
+        tokens = model.encoder.embed(vitok.patchify(x, 1, 16))
+        sequence = torch.cat((model.encoder.queries.expand(2, -1, -1), tokens), 1)
+        kept = model.encoder.to_code(model.encoder.trunk(sequence)[:, :6])[..., :4]
+    assert torch.equal(kept, mean)
+    assert not any("queries" in name or "masks" in name for name, _ in model.named_parameters())
+
+
+# Figs. 2 and 5: p, c, E, rFID, rIS, SSIM, PSNR, gFID (CFG 1.5)
+RESULTS = """32 4 256 44.81 27.3 .516 20.09 41.70; 32 8 512 24.85 54.2 .572 21.32 22.13;
+32 16 1024 11.47 98.9 .633 22.62 13.79; 16 4 1024 9.326 103.2 .647 22.82 10.84;
+32 32 2048 5.759 138.4 .692 23.93 12.48; 16 8 2048 4.133 154.1 .715 24.29 6.77;
+32 64 4096 2.410 177.1 .761 25.44 14.47; 16 16 4096 1.584 193.5 .790 26.12 6.13;
+8 4 4096 1.824 188.3 .797 26.17 5.63; 16 32 8192 .876 212.3 .856 28.12 8.20;
+8 8 8192 .874 213.7 .862 28.34 5.94; 16 64 16384 .528 225.1 .910 30.55 15.00;
+8 16 16384 .455 225.4 .915 30.95 8.31; 8 32 32768 .0788 234.9 .963 35.11 15.33;
+8 64 65536 .0087 236.6 .985 39.94 nan"""
+
+
+def test_invariant_20_regression_on_the_published_points():
+    rows = np.array([[float(v) for v in row.split()] for row in RESULTS.split(";")])
+    e, rfid, psnr, gfid = np.log2(rows[:, 2]), rows[:, 3], rows[:, 6], rows[:, 7]
+    (slope, start), r2 = vitok.fit(e, np.log2(rfid))
+    assert (round(slope, 3), round(start, 2), round(r2, 3)) == (-1.383, 17.34, 0.944)
+    (slope, _), r2 = vitok.fit(e, psnr)
+    assert (round(slope, 2), round(r2, 3)) == (2.30, 0.923)
+    assert vitok.fit(e[:-1], np.log2(gfid[:-1]), 2)[1] == pytest.approx(0.747, abs=0.0006)
+    assert vitok.fit(e[:-1], np.log2(gfid[:-1]))[1] < 0.25
+
+
+def test_invariant_21_recomputation_changes_nothing():
+    x, noise = normal(2, 3, 1, 32, 32), normal(2, 16, 4, seed=1)
+    outcomes = []
+    for recompute in (False, True):
+        model = build(config(recompute=recompute)).train()
+        recon = model(x, noise)[0]
+        recon.square().mean().backward()
+        outcomes.append([recon, *(p.grad for p in model.parameters())])
+    for plain, again in zip(*outcomes):
+        torch.testing.assert_close(plain, again, rtol=0, atol=1e-12)
+
+
+# --- Oracles from the formulas ---------------------------------------------------
+
+def test_block_by_the_formula():
+    """One block in numpy: pre-norm, q k v of all heads in a row, softmax, gated MLP of width int(2.67 d)."""
+    block, x = vitok.Block(12, 2, "silu", modulated=False).double(), normal(1, 5, 12)
+    for parameter in block.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    p = {name: value.detach().numpy() for name, value in block.named_parameters()}
+    assert p["gate.weight"].shape == (32, 12) and "attention.qkv.bias" not in p
+
+    def norm(a, name):
+        centred = a - a.mean(1, keepdims=True)
+        unit = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5)
+        return unit * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    a = x[0].numpy()
+    q, k, v = np.split(norm(a, "norm1") @ p["attention.qkv.weight"].T, 3, 1)
+    out = []
+    for head in (slice(0, 6), slice(6, 12)):
+        scores = np.exp(q[:, head] @ k[:, head].T / math.sqrt(6))
+        out.append(scores / scores.sum(1, keepdims=True) @ v[:, head])
+    a = a + np.concatenate(out, 1) @ p["attention.out.weight"].T + p["attention.out.bias"]
+    b = norm(a, "norm2")
+    gate = b @ p["gate.weight"].T + p["gate.bias"]
+    b = gate / (1 + np.exp(-gate)) * (b @ p["up.weight"].T + p["up.bias"])
+    a = a + b @ p["down.weight"].T + p["down.bias"]
+    zero = torch.zeros(5, 3, dtype=torch.float64)
+    ours = block(x, zero.cos(), zero.sin())[0]
+    torch.testing.assert_close(ours, torch.from_numpy(a), rtol=1e-12, atol=1e-12)
+
+
+def test_generator_objective_by_the_formula():
+    """mean squared noise error + bits per dimension of the reverse step, one sample at a time in numpy."""
+    model, z, label = dit(config()), normal(4, 16, 4), torch.tensor([0, 4, 2, 1])
+    draws = {"time": torch.tensor([0, 1, 500, 999]), "eps": normal(4, 16, 4, seed=2),
+             "drop": torch.tensor([False, True, False, False])}
+    value, terms = vitok.loss_dit(model, (z, label), draws)
+    beta = np.linspace(1e-4, 0.02, 1000)
+    bar = np.cumprod(1 - beta)
+    mse, bits = [], []
+    for b, t in enumerate(draws["time"].tolist()):
+        x0, eps = z[b].numpy(), draws["eps"][b].numpy()
+        xt = math.sqrt(bar[t]) * x0 + math.sqrt(1 - bar[t]) * eps
+        given = torch.tensor([5 if draws["drop"][b] else label[b]])
+        out = model(torch.from_numpy(xt)[None], torch.tensor([t]), given)[0].detach().numpy()
+        guess, v = out[:, :4], out[:, 4:]
+        prev = bar[t - 1] if t else 1.0
+        tilde = beta * (1 - np.concatenate(([1.0], bar[:-1]))) / (1 - bar)
+        low = math.log(tilde[t] if t else tilde[1])
+        fraction = (v + 1) / 2
+        logvar = fraction * math.log(beta[t]) + (1 - fraction) * low
+        clean = (xt - math.sqrt(1 - bar[t]) * guess) / math.sqrt(bar[t])
+
+        def mean_of(start):
+            first = beta[t] * math.sqrt(prev) / (1 - bar[t]) * start
+            return first + (1 - prev) * math.sqrt(1 - beta[t]) / (1 - bar[t]) * xt
+
+        mse.append(((eps - guess) ** 2).mean())
+        if t:
+            gap = (mean_of(x0) - mean_of(clean)) ** 2
+            nats = 0.5 * (logvar - low - 1 + np.exp(low - logvar) + gap / np.exp(logvar))
+        else:
+            def cdf(u):
+                return 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+            std = np.exp(logvar / 2)
+            above = cdf((x0 - mean_of(clean) + 1 / 255) / std)
+            below = cdf((x0 - mean_of(clean) - 1 / 255) / std)
+            mass = np.where(x0 < -0.999, above, np.where(x0 > 0.999, 1 - below, above - below))
+            nats = -np.log(np.maximum(mass, 1e-12))
+        bits.append(nats.mean() / math.log(2))
+    assert terms["mse"].item() == pytest.approx(np.mean(mse), rel=1e-5)
+    assert terms["bound"].item() == pytest.approx(np.mean(bits), rel=1e-5)
+    assert value.item() == pytest.approx(np.mean(mse) + np.mean(bits), rel=1e-5)
+
+
+def test_the_bound_trains_only_the_variance():
+    model, z = dit(config()), normal(2, 16, 4)
+    draws = {"time": torch.tensor([3, 700]), "eps": normal(2, 16, 4, seed=2),
+             "drop": torch.zeros(2, dtype=torch.bool)}
+    _, terms = vitok.loss_dit(model, (z, torch.tensor([0, 1])), draws)
+    terms["bound"].backward()
+    assert model.head.weight.grad[:4].abs().max() == 0 and model.head.weight.grad[4:].abs().max() > 0
+
+
+def test_discriminator_by_a_plain_walk():
+    """32 -> 16 -> 8 -> 4 in residual blocks; the blur is checked against a shift-and-add of [1, 3, 3, 1]."""
+    disc, x = vitok.Discriminator(16, 8).double(), normal(2, 3, 16, 16)
+    padded = F.pad(x, (1, 1, 1, 1))
+    rows = sum(w * padded[:, :, i:i + 16:2] for i, w in enumerate((1, 3, 3, 1))) / 8
+    both = sum(w * rows[:, :, :, i:i + 16:2] for i, w in enumerate((1, 3, 3, 1))) / 8
+    torch.testing.assert_close(vitok.blur(x), both)
+    leak = nn.LeakyReLU(0.2)
+    a = leak(disc.rgb(x))
+    for block in disc.blocks:
+        a = (leak(block[1](vitok.blur(leak(block[0](a))))) + block[2](vitok.blur(a))) / 2**0.5
+    a = leak(disc.conv(a))
+    assert a.shape == (2, 8, 4, 4)
+    torch.testing.assert_close(disc(x[:, :, None]), disc.out(leak(disc.hidden(a.reshape(2, -1)))).squeeze(1))
+
+
+def test_discriminator_widths_are_the_published_ones():
+    with torch.device("meta"):
+        disc = vitok.Discriminator(512)
+    assert [block[0].in_channels for block in disc.blocks] == [32, 64, 128, 256, 512, 512, 512]
+    assert disc.conv.out_channels == 512 and all(block[2].bias is None for block in disc.blocks)
+
+
+def test_initialisation():
+    cfg = config(model="48x1x4-96x2x4/8")
+    torch.manual_seed(0)
+    model = vitok.Autoencoder(cfg)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "decoder.to_pixels":
+            bound = math.sqrt(6 / sum(module.weight.shape))
+            assert 0.95 * bound < module.weight.abs().max() <= bound, name
+            if module.bias is not None and name != "encoder.embed":
+                assert torch.equal(module.bias, torch.zeros_like(module.bias))
+        if isinstance(module, nn.LayerNorm):
+            assert module.weight.eq(1).all() and module.bias.eq(0).all() and module.eps == 1e-5
+    bound = 192**-0.5  # one over the root of 3 q p p
+    assert 0.95 * bound < model.decoder.to_pixels.weight.abs().max() <= bound
+    assert 0.8 * bound < model.encoder.embed.bias.abs().max() <= bound
+    assert 0 < model.decoder.colour.abs().max() <= bound
+    generator = vitok.DiT(config(model="S-B/16", size=64, dit="96x2x4"), 1000)
+    assert generator.table.std().item() == pytest.approx(1 / 4, rel=0.1)
+    assert generator.label.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert len(generator.label.weight) == 1001
+
+
+# --- The official code's numbers -----------------------------------------------------
+
+def golden(name):
+    """The official code's arrays from ../shared, or the part that tests/golden holds: the first sample's."""
+    whole, kept = ROOT.parent / "shared/goldens/vitok" / f"{name}.npz", ROOT / "tests/golden" / f"vitok_{name}.npz"
+    return np.load(kept if kept.exists() and not whole.exists() else shared("goldens", "vitok", whole.name))
+
+
+@pytest.mark.parametrize("name, act", [("ae_image_rope1d", "gelu"), ("ae_image_rope1d", "silu"),
+                                       ("ae_video_sincos3d_rope1d", "gelu")])
+def test_official_auto_encoder(name, act):
+    data = golden(name)
+    tail = "" if act == "gelu" else "_silu"
+    told = json.loads(str(data["config"]))
+    size = f"{told['width']}x{{}}x{told['num_heads']}"
+    cfg = vitok.Config(model=f"{size.format(1)}-{size.format(2)}/{told['tubelet_size']}x{told['patch_size']}",
+                       channels=told["code_width"], size=told["img_size"], frames=told["num_frames"],
+                       rope="1d", act=act)
+    model = vitok.Autoencoder(cfg)
+    weights = {key[2:]: torch.from_numpy(data[key]) for key in data if key.startswith("w/")}
+    model.load_state_dict(official.vitok(weights, {})[1]["tokenizer"])
+    for part, table in (("encoder.embed", "posemb"), ("decoder.from_code", "dec_posemb")):
+        if table in weights:                                  # in the release's video model, not in the paper's
+            add = functools.partial(lambda table, module, given, out: out + table, weights[table])
+            model.get_submodule(part).register_forward_hook(add)
+    x, noise = torch.from_numpy(data["x"]), torch.from_numpy(data["eps"])
+    with torch.no_grad():
+        sampled, mean, logvar = model(x, noise)
+        ours = {"mean": mean, "logvar": logvar, "kl": vitok.kl_term(mean, logvar), "recon_sampled": sampled,
+                "z_sampled": vitok.bottleneck(mean, logvar, noise), "recon_mode": model(x)[0]}
+    compared = [key for key in ours if key + tail in data]
+    assert {"mean", "logvar", "kl", "recon_mode"} <= set(compared)
+    for key in compared:
+        torch.testing.assert_close(ours[key], torch.from_numpy(data[key + tail]), rtol=0, atol=2e-5, msg=key)
+
+
+def test_official_generator():
+    data = np.load(shared("goldens", "vitok", "dit_small.npz"))
+    cfg = vitok.Config(model="12x1x2-12x1x2/8", size=24, channels=4, dit="36x2x3", act="gelu")
+    model = vitok.DiT(cfg, 5)
+    weights = {key[2:]: torch.from_numpy(data[key]) for key in data if key.startswith("w/")}
+    model.load_state_dict(official.vitok_dit(weights))
+    x, time, label = (torch.from_numpy(data[key]) for key in ("x", "t", "y"))
+    with torch.no_grad():
+        ours = {"t_freq_embedding": vitok.waves(time, 256), "t_embed": model.time(vitok.waves(time, 256)),
+                "y_embed": model.label(label), "out": model(x, time, label),
+                "out_null": model(x, time, torch.full_like(label, 5))}
+        for key, scale in (("0", 0.0), ("1", 1.0), ("1p5", 1.5), ("3", 3.0)):
+            ours[f"out_cfg_{key}"] = vitok.guide(model, x, time, label, scale)
+    for key, value in ours.items():
+        atol = 1e-4 if "freq" in key else 2e-5
+        torch.testing.assert_close(value, torch.from_numpy(data[key]), rtol=0, atol=atol, msg=key)
+
+
+# --- Command lines: bad inputs, stages, the study, export and decode ------------
+
+def run(*words):
+    common.launch(vitok.main, common.cli(vitok.Config, vitok.PRESETS, vitok.__doc__, [str(word) for word in words]))
+
+
+def refused(capsys, *words):
+    """The one line on stderr of a command that must exit with 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.count("\n") == 1 and "Traceback" not in text, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with tiny runs 'image' and 'video', all three stages."""
+    where = tmp_path_factory.mktemp("vitok")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        run(*argv("vitok", name="image", steps=4, flip=True))
+        run(*argv("vitok", name="video", steps=2, flip=True, frames=4, model="12x1x2-12x2x2/2x4"))
+    return where
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--frames", "2", "--model", "12x1x2-12x2x2/4x4"], "--frames 2: must be at least 4"),
+    (["--frames", "6", "--model", "12x1x2-12x2x2/4x4"], "--frames 6: must be a multiple of 4"),
+    (["--model", "12x1x2-12x2x2/3"], "--size 8: must be a multiple of 3"),
+    (["--model", "S-Q/16"], "--model S-Q/16"), (["--model", "S-B"], "write a model as"),
+    (["--model", "S-B/0"], "write a model as"), (["--dit", "12x1"], "write a model as"),
+    (["--model", "12x0x2-12x2x2/4"], "write a model as"), (["--dit", "10x1x3"], "heads must divide"),
+    (["--dit", "16x1x2"], "heads must divide"), (["--size", "12"], "power of two"),
+    (["--channels", "0"], "--channels 0: must be at least 1"), (["--eta", "2"], "must be at most 1"),
+    (["--classes", "3,,5"], "--classes 3,,5"), (["--stage", "decoder"], "ae.pt is missing"),
+    (["--stage", "dit"], "ae.pt is missing"), (["--export", "a.npz"], "go with --sample"),
+    (["--calls", "1"], "--calls 1: must be at least 2"), (["--kl", "-1"], "--kl -1.0: must be at least 0"),
+    (["--sweep", "/4"], "--sweep /4: write"), (["--sweep", "/3:4"], "--size 8: must be a multiple of 3"),
+    (["--vgg", "none.pt"], "--vgg none.pt: not VGG16"), (["--data", "npz:none.npz"], "none.npz"),
+    (["--batch_dit", "3", "--gpus", "2"], "--batch_dit 3: must be a multiple of 2"),
+    (["--sample", "none.pt"], "none.pt: ")])
+def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = argv("vitok") + words if "--sample" not in words else words
+    assert message in refused(capsys, *words)
+
+
+def test_clips_that_are_too_short(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("clips.npz", videos=np.zeros((20, 3, 8, 8, 3), np.uint8), labels=np.arange(20) % 2)
+    words = argv("vitok", frames=4, model="12x1x2-12x2x2/2x4", data="npz:clips.npz")
+    assert "clips.npz" in refused(capsys, *words)
+
+
+def test_latents_of_another_shape_and_another_methods_file(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    np.savez("wide.npz", latents=np.zeros((4, 3, 2, 2), np.float16), labels=np.zeros(4, int), scale=1.0)
+    text = refused(capsys, "--sample", "runs/vitok/image/ae.pt", "--decode", "wide.npz")
+    assert "4 tokens of 3 channels" in text and "decodes 4 of 2" in text
+    torch.save({"method": "arflow", "config": {}}, "other.pt")
+    assert "other.pt" in refused(capsys, "--sample", "other.pt")
+    assert "--classes 12: labels are 0 to 9" in refused(capsys, "--sample", "runs/vitok/image/dit.pt", "--classes", "12")
+    assert "--model" in refused(capsys, "--sample", "runs/vitok/image/dit.pt", "--model", "S-B/16")
+
+
+def test_a_run_leaves_all_stages_and_pictures(trained):
+    for name, animated in (("image", False), ("video", True)):
+        where = trained / "runs/vitok" / name
+        for stage in vitok.STAGES:
+            assert (where / f"{stage}.pt").exists() and (where / f"log-{stage}.jsonl").exists()
+        for picture in ("reconstructions.png", "samples.png"):
+            assert (b"acTL" in (where / picture).read_bytes()) == animated
+
+
+def test_stages_one_by_one_equal_all_at_once(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    for stage in vitok.STAGES:
+        run(*argv("vitok", name="single", steps=4, flip=True, stage=stage))
+    for stage in vitok.STAGES:
+        one, all_ = (torch.load(f"runs/vitok/{name}/{stage}.pt", weights_only=True)["state"] for name in ("single", "image"))
+        for part in one:
+            for key, value in one[part].items():
+                assert not torch.is_tensor(value) or torch.equal(value, all_[part][key]), (stage, part, key)
+
+
+def test_stage_two_leaves_the_encoder_and_its_average_decodes(trained):
+    ae, decoder, dit = (torch.load(trained / f"runs/vitok/image/{stage}.pt", weights_only=True)["state"]
+                        for stage in vitok.STAGES)
+    for key, value in ae["tokenizer"].items():
+        same = torch.equal(value, decoder["tokenizer"][key])
+        assert same == key.startswith("encoder."), key
+        wanted = decoder["ema"][key.removeprefix("decoder.")] if key.startswith("decoder.") else value
+        assert torch.equal(dit["tokenizer"][key], wanted), key
+
+
+def test_steps_given_override_every_stage():
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--preset", "demo"])
+    other = common.cli(vitok.Config, vitok.PRESETS, "", ["--preset", "demo", "--steps", "7"])
+    for stage, steps in (("ae", cfg.steps_ae or cfg.steps), ("decoder", cfg.steps_decoder), ("dit", cfg.steps_dit)):
+        assert vitok.begin(cfg, stage)[1].total == steps and vitok.begin(other, stage)[1].total == 7
+
+
+def test_every_preset_is_valid_and_published_counts_hold():
+    for name in vitok.PRESETS:
+        cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--preset", name])
+        vitok.check(cfg)
+    published = {"S-S/16": 86.6, "B-B/16": 171.6, "L-L/16": 767.4, "S-B/16": 129.0, "S-L/16": 426.8, "S-B/4x8": 129.0}
+    for name, millions in published.items():
+        plan = vitok.plan(common.cli(vitok.Config, vitok.PRESETS, "", ["--preset", name]))
+        count = plan["encoder parameters"] + plan["decoder parameters"]
+        assert count / 1e6 == pytest.approx(millions, rel=0.0035)
+
+
+def test_plan_prints_the_published_figures(capsys):
+    run("--preset", "S-B/16@512", "--plan")
+    lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.strip().split("\n"))
+    lines = {name.strip(): float(value.replace(",", "")) for name, value in lines.items()}
+    assert (lines["tokens"], lines["E"], lines["pixels per float"]) == (1024, 16384, 48)
+    assert round((lines["encoder MACs"] + lines["decoder MACs"]) / 1e9, 1) == 160.8
+
+
+def test_sweep_prints_a_table_and_a_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(*argv("vitok", steps=2, sweep="/4:1,2 12x1x2-12x1x2/2:1"))
+    text = capsys.readouterr().out
+    assert "PSNR on log2 E" in text and "PSNR on log2 GMACs" in text
+    assert sum(line.lstrip().startswith("12x1x2-") for line in text.split("\n")) == 3
+    assert {path.name for path in (tmp_path / "runs/vitok").iterdir()} == {
+        "demo-12x1x2-12x2x2-4-c1", "demo-12x1x2-12x2x2-4-c2", "demo-12x1x2-12x1x2-2-c1"}
+
+
+@pytest.mark.parametrize("name, shape", [("image", (2, 2, 2)), ("video", (2, 2, 2, 2))])
+def test_export_and_decode(trained, name, shape, monkeypatch):
+    """The file holds the encoder's mean and logvar; decoding the means is reconstructing the images."""
+    monkeypatch.chdir(trained)
+    run("--sample", f"runs/vitok/{name}/decoder.pt", "--export", f"{name}.npz")
+    found = data.open_data(f"latents:{name}.npz", size=0)
+    packed = np.load(f"{name}.npz")
+    assert found.images.shape[1:] == shape and found.images.dtype == np.float16 and len(found) == 20_000
+    assert "latents_flip" in packed and packed["logvar"].shape == packed["latents"].shape
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", f"runs/vitok/{name}/decoder.pt"])
+    tokenizer, _ = vitok.load(cfg, cfg.sample)
+    x = vitok.clips(vitok.open_split(cfg, "train"), np.arange(3))
+    for tail, flipped in (("", x), ("_flip", x.flip(-1))):
+        for key, value in zip(("latents", "logvar"), tokenizer.encoder(flipped)):
+            want = value.transpose(1, 2).reshape(3, *shape)
+            np.testing.assert_allclose(packed[key + tail][:3], want.numpy(), rtol=2e-3, atol=2e-3)
+    z = found.latents(np.arange(len(found)), np.zeros(len(found), bool), torch.randn(found.images.shape))
+    assert z.std().item() == pytest.approx(1, abs=0.05)                                # what the scale is for
+    np.savez("few.npz", latents=packed["latents"][:3], labels=packed["labels"][:3], scale=packed["scale"])
+    run("--sample", f"runs/vitok/{name}/decoder.pt", "--decode", "few.npz")
+    decoded = np.load(f"runs/vitok/{name}/samples/decoded.npz")
+    want = common.to_uint8(tokenizer(x)[0]).permute(0, 2, 3, 4, 1).numpy()
+    want = want if name == "video" else want[:, 0]
+    got = decoded["videos" if name == "video" else "images"]
+    assert got.shape == want.shape and np.abs(got.astype(int) - want).max() <= 1
+    assert decoded["labels"].tolist() == [0, 1, 2]
+
+
+def test_recipe_vitok_then_arflow_then_decode(trained, monkeypatch):
+    """The README's recipe at tiny size: latents out, ARFlow trained on them, its samples turned into pictures."""
+    arflow = pytest.importorskip("arflow")
+    monkeypatch.chdir(trained)
+    run("--sample", "runs/vitok/image/decoder.pt", "--export", "recipe.npz")
+    words = argv("arflow", data="latents:recipe.npz", size=2, patch=1, steps=2, name="latent")
+    common.launch(arflow.main, common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words))
+    words = ["--sample", "runs/arflow/latent/last.pt", "--count", "20"]
+    common.launch(arflow.main, common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words))
+    run("--sample", "runs/vitok/image/decoder.pt", "--decode", "runs/arflow/latent/samples/latents.npz")
+    assert np.load("runs/vitok/image/samples/decoded.npz")["images"].shape == (20, 8, 8, 3)
+
+
+@pytest.mark.parametrize("stage", ["ae", "dit"])
+def test_sampling_never_touches_the_run(trained, stage, monkeypatch):
+    monkeypatch.chdir(trained)
+    where = trained / "runs/vitok/image"
+    before = {path: path.read_bytes() for path in where.iterdir() if path.is_file()}
+    run("--sample", f"runs/vitok/image/{stage}.pt", "--count", "20")
+    assert before == {path: path.read_bytes() for path in where.iterdir() if path.is_file()}
+    assert (where / "samples" / {"ae": "reconstructions.png", "dit": "samples.png"}[stage]).exists()
+
+
+@pytest.mark.parametrize("words", [
+    {"rope": "1d"}, {"rope": "none"}, {"act": "gelu"}, {"variational": False}, {"perceptual": 0.0}, {"gan": 0.0},
+    {"stage": "ae"}, {"flip": True}, {"eta": 0.5}])
+def test_every_option_runs_a_step(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*argv("vitok", **{"steps": 1, **words}))
