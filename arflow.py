@@ -569,7 +569,6 @@ def finish(run, ema, cfg, dataset):
     return 0 if result["accuracy"] >= target else 1
 
 
-@torch.no_grad()
 def measure(images, labels, cfg):
     """The ruler's class accuracy, Frechet distance to test images, and that distance between test images."""
     ruler = common.judge(open_split(cfg, "judge"), "ruler")

@@ -8,7 +8,7 @@ nested dropout (the decoder sees the first k tokens, k random), the picture at e
     class or caption -> GPT -> id 1, id 2, ...                   stop after any k and decode
 
 Run:      python flextok.py                          demo: token order of drawn shapes, generation; 3 minutes
-          python flextok.py --batch 32 --gpus 2      the same in two processes, twice the batch
+          python flextok.py --gpus 2                 the same in two processes
           python flextok.py --preset d18-d28 --data latents:imagenet256.npz --teacher dinov2.pt2 --gpus 8
           --sample CHECKPOINT and --classes 6 --keep 4, --prompt "a star", --encode F.npz or --decode F.npz
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT.
@@ -438,7 +438,7 @@ def loss_tokenizer(model, batch, draws):
     draws: times (B,), noise (B, C, h, w), tokens kept (B,), images without tokens (B,) bool."""
     (x, features), (t, noise, keep, null) = batch, draws
     values, _ = model.fsq(model.encoder(x))
-    noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))          # F20                         # (B, C, h, w)
+    noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))  # F20                                 # (B, C, h, w)
     v, patches = model.decoder(noised, t, values, keep, null)                      # (B, C, h, w), (B, P, D)
     flow = (v.to(x.dtype) - (noise - x)).square().mean()
     if features is None:
@@ -480,7 +480,7 @@ def sample(model, noise, ids, cfg):
     # The paper's threshold belongs to its latents of norm 128; for others it stays in proportion.
     threshold = 2.5 * noise[0].numel() ** 0.5 / 128
     for i in range(cfg.euler, 0, -1):
-        t = noise.new_full((B,), i / cfg.euler)  # (B)
+        t = noise.new_full((B,), i / cfg.euler)                                                        # (B)
         # our choice of schedules: g throughout, or 1 at t = 1 (noise) and g at t = 0.
         rise = {"constant": 1, "linear": 1 - i / cfg.euler, "cosine": math.cos(math.pi / 2 * i / cfg.euler)}
         g = 1 + (cfg.guidance - 1) * rise[cfg.schedule]
@@ -529,9 +529,9 @@ def generate(model, cond, u, cfg):
 # --- Training ----------------------------------------------------------------
 
 def teacher(cfg):
-    """The frozen teacher as a function, images (B, C, H, W) -> features (B, S, g, g); None without REPA.
+    """The frozen teacher as a function, images (B, C, H, W) -> features (B, S, g, g), or None.
     A file's model sees what the tokenizer sees (latents, if so) and gives that, or (B, g*g, S)."""
-    if not cfg.repa:
+    if not cfg.repa or cfg.stage == "ar":
         return None
     if cfg.teacher == "judge":                                  # untrained for a run of a few steps
         split = open_split(cfg, "judge", 20_000 if cfg.steps >= 100 else 10)

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import common
 import data
 
-# --- Configuration -------------------------------------------------------------
+# --- Configuration -----------------------------------------------------------
 
 PAD, START, END = 0, 1, 2                   # as data.py numbers them
 @dataclass
@@ -90,7 +90,7 @@ SMALL = dict(model="amoebanet-d", data="shapes", lr=0.01, momentum=0.1)
 PRESETS = {
     "demo": dict(layers=2, width=96, hidden=192, heads=2, steps=450, batch=192, lr=3e-3, warmup=60,
                  cooldown=0.5, stages=2, micro=4),
-    "demo-images": SMALL | dict(layers=3, filters=16, steps=300, batch=64, cooldown=0.5, stages=2, micro=4),
+    "demo-images": SMALL | dict(size=16, layers=3, filters=16, steps=200, batch=64, cooldown=0.5, stages=2),
     "small": SMALL | dict(data="cifar10", layers=6, filters=64, steps=20_000, cooldown=0.9),    # not yet run
     "AmoebaNet-B-18-512": AMOEBA | dict(model="amoebanet-b", layers=18, size=480, stages=4),
     **{f"AmoebaNet-D-{L}-{D}": AMOEBA | dict(layers=L, filters=D) for L, D in (         # Tables 1 to 3
@@ -99,7 +99,7 @@ PRESETS = {
        for L in (3, 13, 24, 48, 103, 415, 1663)},
     **{f"T-{L}-{H}-{A}": dict(data="tsv:pairs.tsv", classes=64_000, layers=L, hidden=H, heads=A)
        for L, H, A in ((6, 8192, 16), (24, 8192, 16), (12, 16384, 32), (32, 16384, 32), (64, 16384, 32))}}
-TARGETS = {"demo": 0.0, "demo-images": 0.0}     # share of right answers: mean - 4 s.d. of five seeds
+TARGETS = {"demo": 0.93}                    # share of right answers; two seeds gave 0.961 and 0.967
 
 def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
@@ -138,7 +138,7 @@ def prepare(cfg):
     return None if cfg.plan or cfg.emulate else open_split(cfg, "train")
 
 
-# --- Building blocks -----------------------------------------------------------
+# --- Building blocks ---------------------------------------------------------
 # A layer takes and returns one tensor or one tuple of tensors, batch first, and leaves its input as it is.
 
 HERE = threading.local()                    # a stage tells its layers: generator, recompute
@@ -305,7 +305,7 @@ class Logits(nn.Module):
         return logits.clamp(-self.clip, self.clip) if self.training and self.clip else logits
 
 
-# --- Model ---------------------------------------------------------------------
+# --- Model -------------------------------------------------------------------
 
 def amoebanet(kind, L, D, V, stem="wide", dropout=0.0):
     """AmoebaNet-D or -B (kind "d", "b"): stem, stem cells, three stacks of L/3 normal cells with D, 2 D, 4 D
@@ -336,7 +336,7 @@ def transformer(L, H, A, V, D=1024, decoder=True, dropout=0.0, clip=0.0, scaled=
     return model
 
 
-# --- Objective -----------------------------------------------------------------
+# --- Objective ---------------------------------------------------------------
 
 def loss(output, target, total, smoothing=0.1):
     """Cross-entropy of logits (B, V) or (B, N, V) on the gathered mini-batch (G6), summed over targets but
@@ -346,7 +346,7 @@ def loss(output, target, total, smoothing=0.1):
     return F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing) / total
 
 
-# --- Sampling ------------------------------------------------------------------
+# --- Sampling ----------------------------------------------------------------
 
 def clock_cycles(K, M):
     """Forward order on K stages: at clock t, stage k has micro-batch m = t - k. M + K - 1 lists of (m, k)."""
@@ -517,7 +517,8 @@ class Pipeline:
 
     def mark(self, k):
         """A moment on stage k: seconds on the CPU, an event of the compute stream on CUDA."""
-        return self.compute[k].record_event(torch.cuda.Event(True)) if self.compute[k] else time.perf_counter()
+        own = self.compute[k]
+        return own.record_event(torch.cuda.Event(enable_timing=True)) if own else time.perf_counter()
 
     def follow(self, tasks):
         """Do tasks in order, each once its input is here. An exception stops all workers."""
@@ -618,14 +619,14 @@ def timeline(path, pipe):
     for (kind, m, k), (start, end) in times.items():
         x, y, width = 70 + 860 * (start - zero) / span, 40 + 30 * k, 860 * (end - start) / span
         boxes += [f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="24" fill="{colors[kind]}"/>',
-                  common.svg_text(x + width / 2, y + 16, f"{kind}{m}" * (width > 22), extra='fill="white"')]
+                  common.svg_text(x + width / 2, y + 16, f"{kind}{m}" * (width > 16), extra='fill="white"')]
     for i, word in enumerate(("F forward", "R recompute", "B backward", "L loss")):
         boxes.append(common.svg_text(120 + 130 * i, 60 + 30 * K, word, extra=f'fill="{common.COLORS[i]}"'))
     common.svg(path, 960, 80 + 30 * K, boxes)
     return share
 
 
-# --- Training ------------------------------------------------------------------
+# --- Training ----------------------------------------------------------------
 
 def open_split(cfg, split):
     """Sentence pairs (data.Pairs) or images (data.Data) of the 'train' or 'test' split."""
@@ -649,15 +650,15 @@ def build(cfg, V):
         norm.momentum = cfg.momentum
     return model, torch.zeros(n, 3, cfg.size, cfg.size)
 
-def shares(cfg, model, inputs, K):
+def shares(cfg, model, inputs, K, rows=None):
     """Layers of each of K stages: by hand, or by a partition of FLOPs, parameters or seconds of F and B."""
     if cfg.balance[0].isdecimal():
         return [int(n) for n in cfg.balance.split(",")]
     if cfg.balance != "time":
-        return partition([row[cfg.balance] for row in profile(model, inputs)], K, cfg.goal)
+        return partition([row[cfg.balance] for row in rows or profile(model, inputs)], K, cfg.goal)
     pipe = Pipeline(copy.deepcopy(model), [1] * len(model), devices(cfg)[:1] * len(model))
     for _ in range(3):                                      # every layer a stage; the last step counts
-        pipe.step(inputs, lambda output: output.float().square().mean())
+        pipe.step(inputs, lambda output: output.square().mean())
     spans = {task: end - start for task, (start, end) in pipe.times.items()}
     return partition([spans["F", 0, k] + spans["B", 0, k] for k in range(len(model))], K, cfg.goal)
 
@@ -739,15 +740,14 @@ def answer(pipe, cfg, folder):
             found = pipe.infer(test.pixels(index)).argmax(1)
         wanted = test.target[index] if text else labels[index]
         rows += zip(map(groups.__getitem__, labels[index]), map(say, found), map(say, wanted))
-    right = {name: np.mean([a == b for group, a, b in rows if name in (group, "all")])
-             for name in sorted({*groups, "all"})}
+    right = {n: np.mean([a == b for g, a, b in rows if n in (g, "all")]) for n in sorted({*groups, "all"})}
     lines = "\n".join(f"{name}: {a}" + f" (wrong: {b})" * (a != b) for name, a, b in rows)
     common.write_atomic(folder / "predictions.txt", lambda file: file.write(lines.encode()))
     print("right answers: " + ", ".join(f"{name} {share:.3f}" for name, share in right.items()), flush=True)
     return right["all"]
 
 
-# --- Command line --------------------------------------------------------------
+# --- Command line ------------------------------------------------------------
 
 class Nap(nn.Module):
     """A layer that sleeps instead of working: `seconds` forward, twice that backward."""
@@ -768,11 +768,11 @@ def plan(cfg):
     with torch.device("meta"):
         model, inputs = build(cfg, cfg.classes or 1000)
     rows, M, most = profile(model, inputs), cfg.micro, len(devices(cfg))
-    print(f"{cfg.name}: {sum(r['params'] for r in rows):,} parameters, {len(rows)} layers, N {cfg.batch}, M {M}\n"
+    print(f"{sum(row['params'] for row in rows):,} parameters, {len(rows)} layers, N = {cfg.batch}, M = {M}\n"
           "  K  weights  (all)  activations  (all)  bubble   idle  speed-up  layers of each stage")
     one = cfg.balance[0].isdecimal() or not cfg.plan
-    for K in [*([] if one else [K for K in (1, 2, 4, 8) if K < len(rows) and K != most]), most]:
-        sizes = shares(cfg, model, inputs, K)
+    for K in [most] if one else sorted({1, 2, 4, 8, most} - {*range(len(rows) + 1, 9)}):
+        sizes = shares(cfg, model, inputs, K, rows)
         weights, kept = np.array(footprint(rows, sizes, M, cfg.checkpoint)).T / 2**30
         load = [sum(row["flops"] for row in rows[j - i:j]) for i, j in zip(sizes, np.cumsum(sizes))]
         times = simulate(schedule(K, M, cfg.checkpoint), lambda kind, m, k: "FRBB".count(kind) * load[k])

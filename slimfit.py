@@ -123,7 +123,7 @@ PRESETS = {
     "imagenet": dict(VIT, data="folder:imagenet", classes=1000, lr=5e-5, rate=0.95, steps=30030, batch=128,
                      image=384, pixels="imagenet", adam="torch", decay=0.01, decay_all=True),
 }
-TARGET = 0.0        # accuracy of the demo's row of rate 0.75: mean - 4 s.d. of five seeds
+TARGET = 0.837      # the demo's accuracy at rate 0.75: mean 0.905 - 4 s.d. of 0.017, five seeds
 
 
 def stock(cfg):
@@ -225,7 +225,7 @@ class Norm(torch.autograd.Function):
         if ctx.active:
             ctx.save_for_backward(x, gain)
         else:
-            ctx.save_for_backward(rstd, gain, *largest((x - mean) * rstd, int(keep * x.numel())))
+            ctx.save_for_backward(rstd, gain, *largest((x - mean).mul_(rstd), int(keep * x.numel())))
         return y                                                                        # (B, T, d)
 
     @staticmethod

@@ -102,13 +102,13 @@ class Config:
 
 SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}    # width, depth, heads (Tab. 1)
 DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-TOY = dict(size=32, flip=False, model="72x1x6-72x2x6/8", batch=32, lr=1.2e-2, disc=32, lr_disc=2e-3,
-           dit="64x4x4", batch_dit=128, lr_dit=6e-3, ema=0.99, calls=30, scale=2.0, count=500)
+TOY = dict(size=32, flip=False, model="72x1x6-72x2x6/8", batch=32, lr=1.2e-2, disc=32, lr_disc=2e-3, ema=0.99,
+           perceptual=0.1, dit="64x4x4", batch_dit=64, lr_dit=1e-2, calls=30, scale=2.0, count=500)
 PAPER = dict(bf16=True, batch_decoder=256, batch_dit=256, steps_dit=500_000)
 VIDEO = dict(PAPER, frames=16, size=128, batch=256, batch_decoder=128)  # Tab. 5, UCF-101
 PRESETS = {
-    "demo": dict(TOY, channels=8, steps=300, steps_decoder=60, steps_dit=1000),
-    "sweep": dict(TOY, sweep="/8:4,8,16,32,64 /4:1,2,4,8,16", objects=4, perceptual=0.0, steps=300),
+    "demo": dict(TOY, channels=8, steps=600, steps_decoder=60, steps_dit=1000),
+    "sweep": dict(TOY, sweep="/8:1,2,4,8,16,32 /4:1,2,4,8", objects=4, perceptual=0.0, steps=600),
     "clips": dict(TOY, model="72x1x6-72x2x6/2x8", frames=8, steps=300, batch=16, lr=3e-3),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run.
     "small": dict(data="cifar10", size=32, model="384x6x6-384x12x6/4", channels=8, dit="384x12x6", batch=256,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import common
 import flextok
 from tests import ROOT, shared
+from tests.official import convert
 from tests.official import flextok as convert_official
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -93,6 +94,18 @@ def test_official_decoder():
     mixed = torch.tensor([False, True, False, True])
     close(model.decoder(g["noised"], g["timesteps"], g["quant"], g["keep_k"], mixed)[0], g["velocity_mixed"], 5e-5)
     close(model.decoder(g["noised"], g["timesteps"], g["quant"], g["keep_k"], no)[1], g["repa_patches"], 5e-5)
+
+
+@torch.no_grad()
+def test_official_checkpoint_becomes_a_file_that_sample_reads(tmp_path):
+    weights = {f"{half}.{name[2:]}": value.float() for half in ("encoder", "decoder")
+               for name, value in tensors(f"{half}_small").items() if name.startswith("w.")}
+    torch.save(weights | {"vae.encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "official.pt")
+    convert("flextok", tmp_path / "official.pt", tmp_path / "ours.pt", {"size": 8, "repa": 0.0})
+    cfg = flextok.Config(**common.read_checkpoint(tmp_path / "ours.pt", "flextok")["config"])
+    model, gpt = flextok.load(cfg, tmp_path / "ours.pt")
+    g = tensors("encoder_small")
+    assert gpt is None and torch.equal(model.fsq(model.encoder(g["latents"]))[1], g["tokens"])
 
 
 def test_official_quantiser_with_its_gradient():

@@ -18,7 +18,7 @@ import gpipe
 from tests import shared
 
 MODES = ["always", "except_last", "never"]
-CPU = ["cpu"] * 8
+CPU = ["cpu"] * 16
 
 
 def mlp(dtype=torch.float64, seed=0):
@@ -611,7 +611,318 @@ def test_invariant_24_translation_transformers(L, H, A, millions):
 
 @pytest.mark.parametrize("L,gib", [(3, 3.15), (13, 8.8), (103, 59.5), (415, 235.1), (1663, 937.9)])
 def test_invariants_24_and_25_table_1(L, gib):
-    with torch.device("meta"):
-        model = gpipe.transformer(L, 8192, 32, 32000, 2048, decoder=False)
-    assert count(model) == L * (4 * 2048**2 + 2 * 2048 * 8192 + 26_624) + 2 * 32000 * 2048 + 32000
-    assert abs(12 * count(model) / 2**30 / gib - 1) <= 0.005
+    def built(L):
+        with torch.device("meta"):
+            return count(gpipe.transformer(L, 8192, 32, 32000, 2048, decoder=False))
+
+    parameters = built(L) if L < 200 else built(1) + (L - 1) * (built(2) - built(1))
+    assert parameters == L * (4 * 2048**2 + 2 * 2048 * 8192 + 26_624) + 2 * 32000 * 2048 + 32000
+    assert abs(12 * parameters / 2**30 / gib - 1) <= 0.005
+
+
+def test_invariant_26_1f1b():
+    """Same makespan and gradients as GPipe, min(M, K - s) live micro-batches on stage s."""
+    from tests.claims.claim_gpipe import later_schedule, one_f_one_b
+    numbers = later_schedule("quick")["numbers"]
+    assert numbers["spans"][0] == numbers["spans"][1] and numbers["apart"] <= 1e-12
+    assert numbers["live"]["1F1B"] == [4, 3, 2, 1] and numbers["live"]["GPipe"] == [8] * 4
+    assert sorted(one_f_one_b(3, 5)) == sorted(task for task in gpipe.schedule(3, 5, "never") if task[0] != "L")
+
+
+def forward_by_hand(model, source, target):
+    """A translation Transformer of one head in plain matrix algebra, from the paper's reading in the digest."""
+    def norm(x, weight, bias):
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * weight + bias
+
+    def attention(w, x, memory, allowed):
+        q, k, v = (F.linear(y, w[f"{n}.weight"], w[f"{n}.bias"]) for n, y in
+                   (("query", x), ("key", memory), ("value", memory)))
+        scores = (q @ k.transpose(1, 2) / 8).masked_fill(~allowed, -torch.inf)
+        return F.linear(scores.softmax(-1) @ v, w["out.weight"], w["out.bias"])
+
+    def part(i, prefix):
+        return {k[len(f"{i}.{prefix}."):]: v for k, v in state.items() if k.startswith(f"{i}.{prefix}.")}
+
+    state, L = model.state_dict(), (len(model) - 2) // 2
+    D = state["0.table.weight"].shape[1]
+
+    def embed(ids):
+        angle = torch.arange(ids.shape[1])[:, None] / 10000 ** (torch.arange(0, D, 2) / D)
+        return state["0.table.weight"][ids] * D ** 0.5 + torch.cat([angle.sin(), angle.cos()], 1)
+
+    x, y, seen = embed(source), embed(target), (source != 0)[:, None]
+    future = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool).tril()
+    one = torch.ones(D), torch.zeros(D)
+    for i in range(1, 2 * L + 1):
+        norms = [(state[f"{i}.norms.{j}.weight"], state[f"{i}.norms.{j}.bias"]) for j in range(2 + (i > L))]
+        z = x if i <= L else y
+        inner = norm(z, *norms[0])
+        z = z + attention(part(i, "attention"), inner, inner, seen if i <= L else future)
+        if i > L:
+            z = z + attention(part(i, "cross"), norm(z, *norms[2]), norm(x, *one), seen)
+        wide = F.relu(F.linear(norm(z, *norms[1]), state[f"{i}.wide.weight"], state[f"{i}.wide.bias"]))
+        z = z + F.linear(wide, state[f"{i}.narrow.weight"], state[f"{i}.narrow.bias"])
+        x, y = (z, y) if i <= L else (x, z)
+    return norm(y, *one) @ state[f"{2 * L + 1}.project.weight"].T
+
+
+def test_transformer_by_hand_and_through_the_pipeline():
+    torch.manual_seed(0)
+    model = gpipe.transformer(2, 24, 1, 30, 16, clip=2.0).double()
+    source, target = torch.randint(1, 30, (5, 7)), torch.randint(1, 30, (5, 6))
+    source[1, 4:], source[3, 2:] = 0, 0
+    expected = forward_by_hand(model, source, target)
+    # positions are computed in float32: 1e-7
+    assert (gpipe.Pipeline(model, [2, 2, 2], CPU, 3).infer((source, target)) - expected).abs().max() <= 1e-6
+    out = gpipe.Pipeline(model, [2, 2, 2], CPU, 3).step((source, target), torch.sum)[1]
+    assert torch.equal(out, model((source, target))) and (out - expected.clamp(-2, 2)).abs().max() <= 1e-6
+    assert (expected.abs() > 2).any() and out.abs().max() == 2
+
+
+def test_transformer_gradients_and_dropout():
+    torch.manual_seed(0)
+    model = gpipe.transformer(2, 24, 1, 30, 16, dropout=0.2).double()
+    ids = torch.randint(1, 30, (6, 5))
+    batches = []
+    for K, mode in itertools.product((1, 3), MODES):
+        copied = copy.deepcopy(model)
+        gpipe.Pipeline(copied, sizes_of(6, K), CPU, 4, mode, seed=1).step((ids, ids), lambda y: y.square().mean(), 3)
+        batches.append(gradients(copied))
+    assert all(same(other, batches[0]) for other in batches)
+    without = gpipe.transformer(2, 24, 1, 30, 16).double()
+    without.load_state_dict(model.state_dict())
+    pipe = gpipe.Pipeline(without, [2, 2, 2], CPU, 4, "always")
+    pipe.step((ids, ids), lambda y: gpipe.loss(y, ids, 30))
+    found = gradients(without)
+    without.zero_grad()
+    gpipe.loss(without((ids, ids)), ids, 30).backward()
+    assert apart(found, gradients(without)) <= 1e-12 and apart(found, batches[0]) > 1e-6
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    scaled, plain_ = (gpipe.transformer(2, 512, 4, 500, 256, scaled=flag) for flag in (True, False))
+    for name, p in scaled.named_parameters():
+        if p.ndim == 2:
+            deep = 4 if "narrow" in name else 1
+            assert p.std().item() == pytest.approx(p.shape[1] ** -0.5 / deep, rel=0.05), name
+        else:
+            assert set(p.unique().tolist()) <= ({1.0} if "norms" in name and "weight" in name else {0.0})
+    assert plain_[1].narrow.weight.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("kind,stem", [("d", "small"), ("d", "wide"), ("b", "tpu")])
+def test_amoebanet_through_the_pipeline(kind, stem):
+    torch.manual_seed(0)
+    model = gpipe.amoebanet(kind, 3, 16, 5, stem).double()
+    x, y = torch.randn(4, 3, 33, 33).double(), torch.randint(5, (4,))
+    outcomes = []
+    for K, mode in ((1, "never"), (3, "always"), (len(model), "except_last")):
+        copied = copy.deepcopy(model)
+        pipe = gpipe.Pipeline(copied, sizes_of(len(model), K), CPU, 2, mode)
+        pipe.step(x, lambda out: gpipe.loss(out, y, 4))
+        outcomes.append({**gradients(copied), **dict(copied.named_buffers())})
+    assert all(same(outcome, outcomes[0]) for outcome in outcomes[1:])
+    assert outcomes[0]["1.current.2.num_batches_tracked"] == 1
+
+
+def test_amoebanet_cell_by_hand():
+    """h2..h6 of a D normal cell, spelled out."""
+    torch.manual_seed(0)
+    cell = gpipe.Cell("d normal", 12, 8, 8, False, False).eval()
+    s1, s2 = torch.randn(2, 12, 6, 6), torch.randn(2, 8, 6, 6)
+    h0, h1 = cell.current(s1), s2
+    op = cell.steps
+    h2 = op[0](h1) + F.max_pool2d(h1, 3, 1, 1)
+    h3 = h1 + op[3](h0)
+    h4 = op[4](h0) + op[5](h0)
+    h5 = F.max_pool2d(h2, 3, 1, 1) + h2
+    h6 = F.avg_pool2d(h1, 3, 1, 1, count_include_pad=False) + op[9](h5)
+    out, current = cell((s1, s2))
+    assert torch.equal(out, torch.cat([h0, h3, h4, h6], 1)) and current is s1
+    kinds = [[m.kernel_size for m in op[i].modules() if isinstance(m, nn.Conv2d)] for i in (0, 3, 9)]
+    assert kinds == [[(1, 1)], [(1, 1), (1, 7), (7, 1), (1, 1)], [(1, 1)]]
+
+
+def test_factorized_reduce_reads_every_second_pixel():
+    reduce = gpipe.FactorizedReduce(2, 4)
+    x = torch.randn(1, 2, 5, 5)
+    reduce.norm = nn.Identity()
+    out, y = reduce(x), F.pad(x.relu(), (0, 1, 0, 1))
+    assert torch.allclose(out[:, :2], F.conv2d(x.relu()[:, :, ::2, ::2], reduce.even.weight), atol=1e-6)
+    assert torch.allclose(out[:, 2:], F.conv2d(y[:, :, 1::2, 1::2], reduce.odd.weight), atol=1e-6)
+
+
+# --- The objective, the plan and the picture -----------------------------------
+
+def test_loss_counts_targets():
+    logits, target = torch.randn(3, 4, 5).double(), torch.randint(5, (3, 4))
+    target[0, 2:] = -100
+    valid = target.flatten() != -100
+    logp = logits.log_softmax(-1).flatten(0, 1)[valid]
+    nll = -logp.gather(1, target.flatten()[valid, None]).squeeze(1)
+    expected = (0.9 * nll - 0.1 * logp.mean(1)).mean()
+    assert abs(gpipe.loss(logits, target, int(valid.sum())) - expected) <= 1e-6
+
+
+def test_profile_agrees_with_real_bytes():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 16), nn.GELU()), nn.Sequential(nn.Linear(16, 8), nn.Tanh()))
+    rows = gpipe.profile(model, torch.zeros(4, 8))
+    assert [row["flops"] for row in rows] == [2 * 4 * 8 * 16] * 2 and [row["params"] for row in rows] == [144, 136]
+    assert [(row["input"], row["kept"]) for row in rows] == [(4 * 8 * 4, 4 * 16 * 4), (4 * 16 * 4, 4 * 8 * 4)]
+    assert next(model.parameters()).device.type == "cpu"
+
+
+def test_timeline_is_svg_of_all_tasks(tmp_path):
+    x, y = batch(8)
+    *_, pipe = piped(mlp(), x, y, 3, 4, "always")
+    share = gpipe.timeline(tmp_path / "t.svg", pipe)
+    text = (tmp_path / "t.svg").read_text()
+    assert text.count('height="24"') == 3 + 3 * 4 * 3 + 1 and f"idle {share:.1%}" in text and "20.0%" not in text
+    assert f"{gpipe.bubble(3, 4):.1%}" in text and 0 <= share < 1
+
+
+def config(**changes):
+    return gpipe.Config(**changes)
+
+
+def test_temperature_sampling():
+    """A direction is drawn in proportion to size^(1 / T)."""
+    dataset = gpipe.data.translation_pairs("train", languages=("en", "sw", "mi"), limit=1000)
+    sizes = np.bincount(dataset.direction).astype(float)
+    expected = sizes ** (1 / 2.5) / (sizes ** (1 / 2.5)).sum()
+    cfg, found = config(batch=512, temperature=2.5), np.zeros(len(sizes))
+    rows = {row.tobytes(): d for row, d in zip(np.concatenate([dataset.source, dataset.target], 1), dataset.direction)}
+    for step in range(40):
+        (source, ids), target, total = gpipe.draw(dataset, cfg, step)
+        assert total == (target != -100).sum() and torch.equal(target[:, :-1].clamp(min=0), ids[:, 1:])
+        full = np.concatenate([source, ids, np.where(target[:, -1:] < 0, 0, target[:, -1:])], 1)
+        np.add.at(found, [rows[row.tobytes()] for row in full], 1)
+    assert np.abs(found / found.sum() - expected).max() < 0.012
+
+
+def test_learning_rate():
+    cfg = config(lr=1.0, warmup=10, steps=1000)
+    assert gpipe.learning_rate(cfg, 4) == 0.5 and gpipe.learning_rate(cfg, 9) == 1.0
+    assert gpipe.learning_rate(cfg, 39) == pytest.approx(0.5)
+    assert gpipe.learning_rate(config(lr=1.0, decay=100, steps=1000), 200) == pytest.approx(0.97 ** 2)
+    assert gpipe.learning_rate(config(lr=1.0, cooldown=0.5, steps=100), 75) == pytest.approx(0.02 + 0.98 * 0.5)
+
+
+# --- Bad input -----------------------------------------------------------------
+
+def shared_parameter():
+    model = mlp()
+    model[3].weight = model[5].weight = nn.Parameter(torch.zeros(10, 10))
+    return model
+
+
+class InPlace(nn.Module):
+    def forward(self, x):
+        return x.add_(1)
+
+
+@pytest.mark.parametrize("build,message", [
+    (lambda: gpipe.Pipeline(mlp(), [1] * 7, CPU), "sum to 6 layers"),
+    (lambda: gpipe.Pipeline(mlp(), [3, 2], CPU), "sum to 6 layers"),
+    (lambda: gpipe.Pipeline(mlp(), [6, 0], CPU), "above 0"),
+    (lambda: gpipe.Pipeline(mlp(), [3, 3], ["cpu"]), "a device a stage"),
+    (lambda: gpipe.Pipeline(mlp(), [6], CPU, 0), "at least 1"),
+    (lambda: gpipe.Pipeline(shared_parameter(), [4, 2], CPU), "share a parameter"),
+    (lambda: gpipe.Pipeline(mlp(), [6], CPU).infer((torch.zeros(3, 6), torch.zeros(2, 6))), "one number"),
+    (lambda: gpipe.Pipeline(mlp(), [6], CPU).infer(torch.zeros(0, 6)), "one number"),
+    (lambda: gpipe.Pipeline(nn.Sequential(nn.Linear(6, 6), InPlace()), [1, 1], CPU, 2, "always").step(
+        torch.zeros(4, 6), torch.sum), "in.place"),
+    (lambda: gpipe.Pipeline(nn.Sequential(InPlace(), nn.Linear(6, 6)), [1, 1], CPU, 2, "always").step(
+        torch.zeros(4, 6), torch.sum), "stage 0 changes its input in place")])
+def test_typed_errors(build, message):
+    threads = threading.active_count()
+    with pytest.raises((common.UserError, RuntimeError), match=message):
+        build()
+    assert threading.active_count() == threads
+
+
+def test_surplus_devices_and_shared_layers_of_one_stage():
+    assert len(gpipe.Pipeline(mlp(), [3, 3], CPU).devices) == 2
+    gpipe.Pipeline(shared_parameter(), [3, 3], CPU)
+
+
+def command(words):
+    common.launch(gpipe.main, common.cli(gpipe.Config, gpipe.PRESETS, gpipe.__doc__, words), processes=1)
+
+
+@pytest.mark.parametrize("words", [
+    "--stages 9", "--micro 0", "--balance 3,2", "--balance 3,2,0 --stages 3", "--balance best", "--data shapes",
+    "--model lm", "--devices cuda:7,cuda:7", "--devices cpu --stages 3", "--model amoebanet-d --data shapes --layers 4",
+    "--width 33", "--dropout 1", "--temperature 0", "--plan --balance time", "--data tsv:/none", "--classes 7"])
+def test_bad_input_is_one_line(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command(["--steps", "2", "--data", "numbers:30", *words.split()])
+    out = capsys.readouterr()
+    assert stop.value.code == 2 and out.err.count("\n") == 1 and out.err.startswith("error: ") and "Trace" not in out.err
+
+
+SMALL = "--data numbers:30 --layers 1 --width 16 --hidden 16 --heads 1 --steps 2 --batch 8 --log 1".split()
+
+
+@pytest.mark.parametrize("words", [
+    "--micro 20", "--checkpoint always", "--checkpoint never --stages 3", "--goal bottleneck", "--balance time",
+    "--balance params", "--balance 1,3 --stages 2", "--no-scaled --clip 0", "--devices cpu,cpu --stages 2"])
+def test_every_option_runs(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command([*SMALL, *words.split()])
+    out = capsys.readouterr().out
+    folder = tmp_path / "runs/gpipe/demo"
+    assert "no GPU in use" in out and "right answers: all" in out
+    assert (folder / "timeline.svg").exists() and (folder / "predictions.txt").read_text().count("to en: ") > 3
+    if "20" in words:
+        assert "8 micro-batches" in out
+
+
+def test_sample_translates_with_other_stages(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command([*SMALL, "--stages", "2"])
+    first = (tmp_path / "runs/gpipe/demo/predictions.txt").read_text()
+    before = (tmp_path / "runs/gpipe/demo/last.pt").read_bytes()
+    command(["--sample", "runs/gpipe/demo/last.pt", "--stages", "4", "--micro", "3"])
+    assert (tmp_path / "runs/gpipe/demo/samples/predictions.txt").read_text() == first
+    assert (tmp_path / "runs/gpipe/demo/last.pt").read_bytes() == before
+
+
+def test_plan_and_emulate(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command(["--preset", "AmoebaNet-B-18-512", "--plan"])
+    out = capsys.readouterr().out
+    assert "557,277,864 parameters, 24 layers" in out and "46.7%" in out and not list(tmp_path.iterdir())
+    command(["--preset", "Transformer-13", "--emulate", "0.001", "--stages", "3", "--micro", "4"])
+    assert "emulated: idle" in capsys.readouterr().out
+    assert (tmp_path / "runs/gpipe/Transformer-13/timeline.svg").read_text().count("<rect") > 3 * 4 * 3
+
+
+def test_greedy_decoding_answers_with_a_trained_model(tmp_path, monkeypatch):
+    """A model that copies the source's digits into the target answers exactly: `answer` compares whole sentences."""
+    test = gpipe.data.translation_pairs("test", languages=("en", "mi"), limit=30, tests=10)
+    monkeypatch.setattr(gpipe, "open_split", lambda cfg, split: test)
+
+    class Oracle:
+        def infer(self, inputs):
+            source, found = inputs
+            rows = [int(np.flatnonzero((test.source == row.numpy()).all(1))[0]) for row in source]
+            wanted = torch.as_tensor(test.target[rows])[:, min(found.shape[1], test.target.shape[1] - 1)]
+            return F.one_hot(wanted, 200).double()[:, None]
+
+    assert gpipe.answer(Oracle(), config(), tmp_path) == 1.0
+    assert "wrong" not in (tmp_path / "predictions.txt").read_text()
+
+
+def test_presets_have_the_published_sizes():
+    for name, preset in gpipe.PRESETS.items():
+        cfg = config(**{"preset": name, **preset, "plan": True})
+        gpipe.check(cfg)
+        with torch.device("meta"):
+            if name in ("AmoebaNet-B-18-512", "T-6-8192-16", "Transformer-3", "AmoebaNet-D-18-208"):
+                expected = {"AmoebaNet-B-18-512": 557_277_864, "Transformer-3": 282_178_816,
+                            "AmoebaNet-D-18-208": 81_505_540}.get(name)
+                model, _ = gpipe.build(cfg, cfg.classes)
+                assert expected is None or count(model) == expected

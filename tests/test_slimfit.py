@@ -334,6 +334,21 @@ def test_invariant_12_eligible_tensors(preset, t, frozen):
         assert len(list(model.parameters())) == 201
 
 
+@pytest.mark.parametrize("preset, lr, rate, batch, tokens, seed", [
+    ("cola", 8e-5, .90, 32, 128, 43), ("mnli", 4e-5, .80, 32, 128, 43), ("mrpc", 1.25e-4, .90, 32, 128, 43),
+    ("qnli", 5e-5, .95, 32, 128, 43), ("qqp", 5e-5, .80, 32, 128, 43), ("rte", 1.2e-4, .90, 16, 128, 47),
+    ("sst2", 8e-5, .95, 32, 128, 44), ("stsb", 8e-5, .85, 32, 128, 43), ("squad", 1.8e-4, .80, 128, 384, 23),
+    ("cifar10", 7.5e-5, .90, 32, 197, 43), ("cifar100", 5.5e-5, .75, 32, 197, 43), ("imagenet", 5e-5, .95, 128, 577, 43)])
+def test_the_published_runs(preset, lr, rate, batch, tokens, seed):
+    """Digest 4, and its weight decay and dropout by family."""
+    cfg = dataclasses.replace(slimfit.Config(), **slimfit.PRESETS[preset])
+    T = cfg.length if cfg.family == "bert" else (cfg.image // cfg.patch) ** 2 + 1
+    assert (cfg.lr, cfg.rate, cfg.batch, T, cfg.seed) == (lr, rate, batch, tokens, seed)
+    assert cfg.dropout == cfg.attention_dropout == (0.1 if cfg.family == "bert" else 0)
+    assert cfg.decay == (0 if "cifar" in preset else 0.01) and cfg.decay_all == (preset in ("squad", "imagenet"))
+    assert (cfg.adam == "torch") == (preset == "imagenet") and cfg.freeze_head == (preset not in ("cifar10", "stsb"))
+
+
 def test_invariant_12_the_count_survives_rounding():
     for t in range(1, 200):
         for percent in range(100):
@@ -1032,3 +1047,15 @@ def test_the_loop_itself(tmp_path, monkeypatch):
             "--compare", "0.6", "--batch", "4", "--lr", "0.01", "--full_lr", "0.002", "--schedule", "stsb")
     assert len(frozen) > 4 and all(frozen)
     assert np.allclose(rates, [0.002, *(0.002 * (4 - i) / 4 for i in range(4)), *(0.01 * (4 - i) / 4 for i in range(4))])
+
+
+@pytest.mark.parametrize("target, code", [(0.0, 0), (1.1, 1)])
+def test_demo_fails_below_its_target(target, code, tmp_path, monkeypatch):
+    """Only a run of exactly the preset is held to the target."""
+    monkeypatch.chdir(tmp_path)
+    tiny = dict(image=8, width=16, depth=1, heads=2, steps=1, pretrain=1, compare="0.75", batch=2)
+    monkeypatch.setitem(slimfit.PRESETS, "demo", {**slimfit.PRESETS["demo"], **tiny})
+    monkeypatch.setattr(slimfit, "TARGET", target)
+    cfg = common.cli(slimfit.Config, slimfit.PRESETS, slimfit.__doc__, [])
+    assert (slimfit.main(cfg) or 0) == code
+    assert not slimfit.main(dataclasses.replace(cfg, lr=2e-3))

@@ -14,7 +14,7 @@ TINY = {
                   warmup=2, lr=1e-5, log=2, save=3),
     "vitok": dict(size=8, model="12x1x2-12x2x2/4", channels=2, disc=4, dit="12x1x2", steps=6, batch=4, lr=0.1,
                   calls=3, count=10, scale=2.0, ema=0.9, log=2, save=3),
-    "slimfit": dict(family="vit", image=8, patch=4, width=16, depth=2, heads=2, classes=10, keep=1.0, pretrain=4,
+    "slimfit": dict(family="vit", image=8, patch=4, width=16, depth=1, heads=2, classes=10, keep=1.0, pretrain=4,
                     compare="0.5", steps=6, batch=4, lr=1e-3, log=2, save=3),
     "flextok": dict(size=8, patch=4, registers=4, encoder=1, decoder=2, gpt=1, head=8,
                     levels="8,5", steps=6, batch=4, lr=1e-3, euler=2, count=10, log=2, save=3),
