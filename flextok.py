@@ -116,7 +116,7 @@ PRESETS = {
     **{f"d{e}-d{d}": dict(PAPER, encoder=e, decoder=d) for e, d in ((12, 12), (18, 18), (18, 28))},
     **{f"ar-d{n}": PAPER | AR | {"gpt": n} for n in (10, 12, 16, 20, 24, 30)},
     **{f"ar-text-d{n}": PAPER | AR | TEXT | {"gpt": n} for n in (12, 18, 26, 36)}}
-TARGET = 1.0                                # the demo's one-step error at k = R: mean + 4 s.d. of five seeds
+TARGET = 0.11                               # error at k = R, at most; two seeds gave .0917 and .0861
 
 def parse_levels(text):
     """FSQ levels "8,8,8,5,5,5" as a tuple; UserError."""
@@ -721,7 +721,7 @@ def sweep(path, tokenizer, cfg, ids, names, last=()):
 
 def show_tokens(tokenizer, cfg, where):
     """prefixes.png; vocabulary.png: the first token of the column's image before the others of the row's; and
-    {k: mean squared error of the one-step estimate}, what k tokens know without the decoder's inventions."""
+    lengths k and mean squared errors of the one-step estimate: what k tokens know without invention."""
     test = open_split(cfg, "test", cfg.count)
     x, ids = encoded(tokenizer, cfg, test, cfg.count)
     n, names = min(6, len(x)), [test.classes[label] for label in test.labels[:10]]
@@ -731,7 +731,7 @@ def show_tokens(tokenizer, cfg, where):
     picture(where / "vocabulary.png", columns, rows=["first token", *names[:n]])
     once = dataclasses.replace(cfg, euler=1, guidance=1.0)
     errors = [(decoded(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks]
-    return dict(zip(ks, errors))
+    return ks, errors
 
 def show_samples(tokenizer, gpt, cfg, where):
     """generation.png: a row a class or caption, a column a prefix length."""
@@ -758,9 +758,9 @@ def report(cfg, path, where):
         show_samples(tokenizer, gpt, cfg, where)
     if gpt and cfg.sample:
         return 0
-    errors = show_tokens(tokenizer, cfg, where)
-    print(f"{where}: error " + ", ".join(f"{e:.4f} (k={k})" for k, e in errors.items()), flush=True)
-    good = [*errors.values()] == sorted(errors.values(), reverse=True) and errors[cfg.registers] <= TARGET
+    ks, errors = show_tokens(tokenizer, cfg, where)
+    print(f"{where}: error " + ", ".join(f"{e:.4f} (k={k})" for k, e in zip(ks, errors)), flush=True)
+    good = errors[-1] <= TARGET and all(b < 1.01 * a for a, b in zip(errors, errors[1:]))
     return int(cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and not good)
 
 def read_tokens(cfg):

@@ -42,6 +42,7 @@ import data
 # --- Configuration -----------------------------------------------------------
 
 PAD, START, END = 0, 1, 2                   # as data.py numbers them
+
 @dataclass
 class Config:
     preset: str = "demo"                    # where the values below start from
@@ -110,7 +111,7 @@ def check(cfg):
          f"--dropout {cfg.dropout}, --width {cfg.width}: must lie in [0, 1) and be even")
     need(not images or cfg.layers % 3 == cfg.filters % 4 == 0,
          f"--layers {cfg.layers}, --filters {cfg.filters}: AmoebaNet needs multiples of 3 and of 4")
-    text = cfg.data.partition(":")[0] in ("numbers", "tsv")
+    text = cfg.data[:4] == "tsv:" or cfg.data[:7] == "numbers" and (cfg.data[8:] or "0").isdigit()
     need(still or cfg.model == "translate" and text or images and not text,
          f"--data {cfg.data}: nothing that --model {cfg.model} trains on; see both in --help")
     L = cfg.layers + (4 + 2 * (cfg.size > 63) if images else 2 + cfg.layers * (cfg.model == "translate"))
@@ -142,6 +143,7 @@ def prepare(cfg):
 # A layer takes and returns one tensor or one tuple of tensors, batch first, and leaves its input as it is.
 
 HERE = threading.local()                    # a stage tells its layers: generator, recompute
+
 class Dropout(nn.Module):
     """Dropout whose mask is drawn again when the layer is recomputed."""
     def __init__(self, p):
@@ -355,8 +357,7 @@ def clock_cycles(K, M):
 def schedule(K, M, mode):
     """One training step: tasks (kind, m, k) in an order one worker could follow; each stage follows its own.
     F forward, L loss, R re-materialization, B backward: last in, first out. R asks nothing of the next stage,
-    so that it fills the wait for a gradient (Sec. 2.3); "except_last" spares the interior that is needed at
-    once."""
+    so that it fills the wait for a gradient (Sec. 2.3); "except_last" spares what is needed at once."""
     tasks = [("F", m, k) for cycle in clock_cycles(K, M) for m, k in cycle] + [("L", M - 1, K - 1)]
     for m, k in (entry for cycle in reversed(clock_cycles(K, M)) for entry in cycle):
         tasks += [("R", m, k)] * (mode == "always" or mode == "except_last" and m < M - 1) + [("B", m, k)]
@@ -446,9 +447,8 @@ class Channel:
         return arrived
 
 class Pipeline:
-    """An nn.Sequential on K stages: `step` leaves one device's gradients in it, `infer` predicts. Its
-    parameters keep their names. The slow form: one worker (threads=False) on the current streams
-    (streams=False)."""
+    """An nn.Sequential on K stages, under its own names: `step` leaves one device's gradients in it, `infer`
+    predicts. The slow form: one worker (threads=False) on the current streams (streams=False)."""
     def __init__(self, model, sizes, devices, M=1, mode="except_last", seed=0, streams=True, threads=True):
         """sizes: layers of a stage; devices: one a stage; M micro-batches. Raises common.UserError."""
         K, fits = len(sizes), sum(sizes) == len(model) and min(sizes) > 0

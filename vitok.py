@@ -103,21 +103,20 @@ class Config:
 SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}    # width, depth, heads (Tab. 1)
 DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 TOY = dict(size=32, flip=False, model="72x1x6-72x2x6/8", batch=32, lr=1.2e-2, disc=32, lr_disc=2e-3, ema=0.99,
-           perceptual=0.1, dit="64x4x4", batch_dit=64, lr_dit=1e-2, calls=30, scale=2.0, count=500)
+           dit="64x4x4", batch_dit=64, lr_dit=1e-2, calls=30, scale=2.0, count=500)
 PAPER = dict(bf16=True, batch_decoder=256, batch_dit=256, steps_dit=500_000)
 VIDEO = dict(PAPER, frames=16, size=128, batch=256, batch_decoder=128)  # Tab. 5, UCF-101
 PRESETS = {
-    "demo": dict(TOY, channels=8, steps=600, steps_decoder=60, steps_dit=1000),
+    "demo": dict(TOY, channels=8, steps=600, steps_decoder=60, steps_dit=1800),
     "sweep": dict(TOY, sweep="/8:1,2,4,8,16,32 /4:1,2,4,8", objects=4, perceptual=0.0, steps=600),
     "clips": dict(TOY, model="72x1x6-72x2x6/2x8", frames=8, steps=300, batch=16, lr=3e-3),
-    # CIFAR-10 for one GPU; planned for under an hour, not yet run.
     "small": dict(data="cifar10", size=32, model="384x6x6-384x12x6/4", channels=8, dit="384x12x6", batch=256,
-                  lr=4e-4, lr_dit=3e-4, ema=0.999, steps=20_000, steps_dit=60_000),
+                  lr=4e-4, lr_dit=3e-4, ema=0.999, steps=20_000, steps_dit=60_000),   # one GPU; not yet run
     **{f"{name}/16": dict(PAPER, model=f"{name}/16", name=f"{name}-16")         # Fig. 6
        for name in ("S-S", "B-S", "S-B", "B-B", "S-L", "B-L", "L-L")},
     **{f"S-B/{qp}": dict(VIDEO, model=f"S-B/{qp}", name=f"S-B-{qp}") for qp in ("4x8", "8x8", "4x16")},
     "S-B/16@512": dict(PAPER, model="S-B/16", size=512, name="S-B-16-512")}
-TARGET = dict(psnr=0.0, accuracy=0.0)                # of the demo: mean - 4 s.d. of five seeds
+TARGET = dict(psnr=22.0, accuracy=0.17)  # of the demo: two seeds gave 22.7 dB and, after 1000 steps, .22
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=1e-4, fused=True)          # of all stages (Sec. 2.3)
 Sizes = namedtuple("Sizes", "encoder decoder dit q p grid tokens")
 
@@ -174,11 +173,11 @@ def judge(cfg, role):
     return common.judge(split, role)
 
 def prepare(cfg):
-    """Once, before the processes start: downloads, packing, the judges, the VGG file."""
+    """Once, before the processes start: downloads, packing, the teacher or the VGG file."""
     if not (cfg.sample or cfg.plan):
         open_split(cfg, "train", 10)
-        perceptual_loss(cfg, "cpu")
-        judge(cfg, "ruler")
+        if cfg.perceptual:
+            perceptual_loss(cfg, "cpu")
 
 # --- Building blocks ---------------------------------------------------------
 
@@ -354,8 +353,7 @@ class Discriminator(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleList((
             nn.Conv2d(a, a, 3, padding=1), nn.Conv2d(a, b, 3, padding=1), nn.Conv2d(a, b, 1, bias=False)))
             for a, b in zip(C, C[1:]))
-        self.conv = nn.Conv2d(D, D, 3, padding=1)
-        self.hidden, self.out = nn.Linear(16 * D, D), nn.Linear(D, 1)
+        self.conv, self.mid, self.out = nn.Conv2d(D, D, 3, padding=1), nn.Linear(16 * D, D), nn.Linear(D, 1)
         self.apply(initialise)
 
     def forward(self, x):
@@ -366,7 +364,7 @@ class Discriminator(nn.Module):
             y = F.leaky_relu(conv2(blur(F.leaky_relu(conv1(x), 0.2))), 0.2)
             x = (y + skip(blur(x))) / 2**0.5
         x = F.leaky_relu(self.conv(x), 0.2)                                     # (b, D, 4, 4)
-        return self.out(F.leaky_relu(self.hidden(x.flatten(1)), 0.2))[:, 0]     # (b)
+        return self.out(F.leaky_relu(self.mid(x.flatten(1)), 0.2))[:, 0]        # (b)
 
 class DiT(nn.Module):
     """Class-conditional diffusion transformer on codes, one token each, not patchified (Sec. 2.3)."""
@@ -421,10 +419,10 @@ def lpips(x, y, taps, heads):
     return total
 
 def perceptual_loss(cfg, device):
-    """The function (x, y) behind eta: LPIPS with VGG16, or, our stand-in, with the teacher's one feature map.
+    """The function (x, y) behind eta: LPIPS with VGG16, or, our stand-in, with the teacher and heads of .1.
     --vgg: a torch file of 13 layers and 5 heads in order, such as lpips.LPIPS(net="vgg").state_dict()."""
     if not cfg.vgg:
-        teacher, head = judge(cfg, "teacher").to(device), torch.ones(64, device=device)
+        teacher, head = judge(cfg, "teacher").to(device), torch.full((64,), 0.1, device=device)
         return lambda x, y: lpips(x, y, lambda a: [teacher.spatial(a)], [head])
     try:
         tensors = [t.float().to(device) for t in torch.load(cfg.vgg, "cpu", weights_only=True).values()]
@@ -523,8 +521,7 @@ def sample(model, y, generator, calls=250, scale=1.0, eta=0.0):
         clean = (x - math.sqrt(1 - bar) * noise) / math.sqrt(bar)               # (B, M, c)
         sigma = eta * math.sqrt((1 - before) / (1 - bar) * (1 - bar / before))
         x = math.sqrt(before) * clean + math.sqrt(1 - before - sigma**2) * noise        # (B, M, c)
-        if sigma:
-            x = x + sigma * torch.randn(shape, generator=generator, device=y.device)    # (B, M, c)
+        x = x + sigma * torch.randn(shape, generator=generator, device=y.device) if sigma else x   # (B, M, c)
     return x
 
 # --- Training ----------------------------------------------------------------
@@ -658,14 +655,18 @@ STAGES = {"ae": train_ae, "decoder": train_decoder, "dit": train_dit}
 
 def train(cfg):
     """One stage, or all in order (--resume passes over the finished); 1 where the demo missed a target."""
-    dataset, perceptual = open_split(cfg, "train"), perceptual_loss(cfg, common.device_of(cfg))
+    dataset = open_split(cfg, "train")
+    perceptual = cfg.perceptual and perceptual_loss(cfg, common.device_of(cfg))
     for stage, train_stage in STAGES.items():
         if cfg.stage in ("all", stage):
             train_stage(cfg, dataset, perceptual)
             last = common.folder(cfg) / f"{stage}.pt"
     result = report(cfg, last, last.parent) if common.rank() == 0 else {}
-    missed = any(result.get(name, least) < least for name, least in TARGET.items())
-    return int(missed and common.is_preset(cfg, PRESETS))
+    exact = cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and result
+    missed = [name for name in TARGET if exact and result[name] < TARGET[name]]
+    if exact:
+        print(f"target {TARGET}: {'MISSED: ' + ', '.join(missed) if missed else 'reached'}")
+    return 1 if missed else 0
 
 # --- Command line ------------------------------------------------------------
 
@@ -730,8 +731,7 @@ def fit(x, y, degree=1):
 def points(cfg):
     """The configurations of --sweep, each with its own run folder; UserError where one is none."""
     try:
-        pairs = [point.split(":") for point in cfg.sweep.split()]
-        pairs = [(model, int(c)) for model, numbers in pairs for c in numbers.split(",")]
+        pairs = [(m, int(c)) for m, cs in (p.split(":") for p in cfg.sweep.split()) for c in cs.split(",")]
     except ValueError:
         raise common.UserError(f"--sweep {cfg.sweep}: write MODEL:c,c,... as in '/8:4,8 S-B/16:16'") from None
     for model, c in pairs:
@@ -741,7 +741,8 @@ def points(cfg):
 
 def sweep(cfg):
     """The study: stage ae at every point, then PSNR against log2 E and log2 MACs (Figs. 2 and 3)."""
-    rows, dataset, perceptual = [], open_split(cfg, "train"), perceptual_loss(cfg, common.device_of(cfg))
+    rows, dataset = [], open_split(cfg, "train")
+    perceptual = cfg.perceptual and perceptual_loss(cfg, common.device_of(cfg))
     for each in points(cfg):
         cost, (_, _, row) = plan(each), reconstruct(train_ae(each, dataset, perceptual), each)
         row |= {"GMACs": (cost["encoder MACs"] + cost["decoder MACs"]) / 1e9, "c": each.channels}
@@ -758,11 +759,10 @@ def sweep(cfg):
 @torch.no_grad()
 def export(cfg, path, _):
     """--export: mean and logvar of the training split (with --flip mirrored too) for `latents:FILE`."""
-    (tokenizer, _), device, s = load(cfg, path), common.device_of(cfg), sizes(cfg)
-    dataset = open_split(cfg, "train")
+    (tokenizer, _), dataset, s = load(cfg, path), open_split(cfg, "train"), sizes(cfg)
     packed, grid = {"labels": dataset.labels}, (1, 1, cfg.latents) if cfg.latents else s.grid
     for tail in ("", "_flip")[:1 + cfg.flip]:
-        batches = (clips(dataset, index).to(device) for index in torch.arange(len(dataset)).split(64))
+        batches = (clips(dataset, i).to(common.device_of(cfg)) for i in torch.arange(len(dataset)).split(64))
         codes = [tokenizer.encoder(x.flip(-1) if tail else x) for x in batches]
         for name, parts in zip(("latents", "logvar")[:1 + cfg.variational], zip(*codes)):
             code = torch.cat(parts).transpose(1, 2).unflatten(2, grid).half().cpu().numpy()

@@ -804,3 +804,17 @@ def test_latents_train_and_sample(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(*TINY, "--data", "latents:pack.npz", "--channels", "4", "--name", "x")
     assert "--repa 0" in capsys.readouterr().err
+
+
+def test_the_demo_that_misses_its_target_exits_with_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "is_preset", lambda cfg, presets: True)
+    words = [*TINY, "--stage", "tokenizer", "--repa", "0"]
+    for target, errors, code in ((0.5, [0.4, 0.3], 0), (0.2, [0.4, 0.3], 1), (0.5, [0.3, 0.4], 1), (0.5, [0.3, 0.301], 0)):
+        monkeypatch.setattr(flextok, "TARGET", target)
+        monkeypatch.setattr(flextok, "show_tokens", lambda *args, errors=errors: ([1, 4], errors))
+        try:
+            run(*words, "--name", f"n{target}-{errors[0]}-{errors[1]}")
+            assert code == 0
+        except SystemExit as stop:
+            assert stop.code == code == 1

@@ -15,7 +15,7 @@ from torch import nn
 
 import common
 import gpipe
-from tests import shared
+from tests import ROOT
 
 MODES = ["always", "except_last", "never"]
 CPU = ["cpu"] * 16
@@ -506,7 +506,8 @@ def test_invariant_16_dropout():
 # --- Golden runs ---------------------------------------------------------------
 
 def golden(name):
-    with np.load(shared("goldens", "gpipe", f"{name}.npz")) as stored:
+    """Arrays of tests/golden: torchgpipe 0.0.7 (a1b4ee2) run unmodified on the CPU, as in ../shared/goldens/gpipe."""
+    with np.load(ROOT / "tests" / "golden" / f"gpipe_{name}.npz") as stored:
         return {key: torch.from_numpy(np.array(stored[key])) for key in stored.files}
 
 
@@ -854,7 +855,7 @@ def command(words):
 @pytest.mark.parametrize("words", [
     "--stages 9", "--micro 0", "--balance 3,2", "--balance 3,2,0 --stages 3", "--balance best", "--data shapes",
     "--model lm", "--devices cuda:7,cuda:7", "--devices cpu --stages 3", "--model amoebanet-d --data shapes --layers 4",
-    "--width 33", "--dropout 1", "--temperature 0", "--plan --balance time", "--data tsv:/none", "--classes 7"])
+    "--width 33", "--dropout 1", "--data numbers:x", "--temperature 0", "--plan --balance time", "--data tsv:/none", "--classes 7"])
 def test_bad_input_is_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:

@@ -568,6 +568,13 @@ def test_invariant_21_recomputation_changes_nothing():
 
 # --- Oracles from the formulas ---------------------------------------------------
 
+def test_bottleneck_by_the_formula():
+    mean, logvar, noise = normal(2, 5, 3), normal(2, 5, 3, seed=1), normal(2, 5, 3, seed=2)
+    want = mean.numpy() + np.exp(logvar.numpy()) ** 0.5 * noise.numpy()
+    np.testing.assert_allclose(vitok.bottleneck(mean, logvar, noise), want, rtol=1e-12)
+    assert torch.equal(vitok.bottleneck(mean, logvar, None), mean)
+
+
 def test_block_by_the_formula():
     """One block in numpy: pre-norm, q k v of all heads in a row, softmax, gated MLP of width int(2.67 d)."""
     block, x = vitok.Block(12, 2, "silu", modulated=False).double(), normal(1, 5, 12)
@@ -663,7 +670,7 @@ def test_discriminator_by_a_plain_walk():
         a = (leak(block[1](vitok.blur(leak(block[0](a))))) + block[2](vitok.blur(a))) / 2**0.5
     a = leak(disc.conv(a))
     assert a.shape == (2, 8, 4, 4)
-    torch.testing.assert_close(disc(x[:, :, None]), disc.out(leak(disc.hidden(a.reshape(2, -1)))).squeeze(1))
+    torch.testing.assert_close(disc(x[:, :, None]), disc.out(leak(disc.mid(a.reshape(2, -1)))).squeeze(1))
 
 
 def test_discriminator_widths_are_the_published_ones():

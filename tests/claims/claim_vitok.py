@@ -52,7 +52,7 @@ def perceptual(cfg):
     if not cfg.perceptual:
         return None
     teacher = judge(cfg, "teacher")
-    return lambda x, y: vitok.lpips(x, y, lambda a: [teacher.spatial(a)], [torch.ones(64)])
+    return lambda x, y: vitok.lpips(x, y, lambda a: [teacher.spatial(a)], [torch.full((64,), 0.1)])
 
 
 def fit(cfg, make=vitok.Autoencoder, bf16=False):
