@@ -446,7 +446,6 @@ class Judge(nn.Module):                     # a small classifier of images (B, C
         sizes = ((channels, width, 1 + (side > 16)), (width, 2 * width, 1), (2 * width, 64, 1))
         layers = [x for i, o, s in sizes for x in (nn.MaxPool2d(2), nn.Conv2d(i, o, 3, s, 1), nn.ReLU())]
         self.body, self.head = nn.Sequential(*layers[1:]), nn.Linear(64, classes)
-
     def spatial(self, x):                   # sides above 32 are pooled first
         return self.body(F.avg_pool2d(x, max(1, x.shape[-1] // 32)))                    # (B, 64, h, w)
     def features(self, x):
@@ -454,6 +453,7 @@ class Judge(nn.Module):                     # a small classifier of images (B, C
     def forward(self, x):
         return self.head(self.features(x))                                              # (B, K)
 
+@torch.enable_grad()
 def judge(data, role):
     """The 'teacher' (features for losses) or the 'ruler' (metrics alone), trained on disjoint halves of data:
     a 'judge' split with labels (M,), classes and pixels(index) -> (B, C, H, W). Kept in runs/judges."""

@@ -21,18 +21,19 @@ def measure(name, scale, only=()):
     """Run the rows of claim_<name>.py (those named in `only`, or all) and store what they return."""
     module = importlib.import_module(f"tests.claims.claim_{name}")
     path = FOLDER / f"{name}.json"
-    stored = json.loads(path.read_text())["rows"] if path.exists() else {}
     for row in module.ROWS:
-        if only and row.__name__ not in only:
+        long = scale == "quick" and row in getattr(module, "LONG", ())
+        if row.__name__ not in only if only else long:
             continue
         start = time.perf_counter()
         result = row(scale)
         if result is None:
             print(f"{row.__name__}: skipped, what it needs is not here")
             continue
+        stored = json.loads(path.read_text())["rows"] if path.exists() else {}      # others may have written since
         stored[row.__name__] = {**result, "scale": scale, "seconds": round(time.perf_counter() - start),
                                 "hardware": hardware(), "date": datetime.date.today().isoformat(),
-                                "command": f"python -m tests.claims {name} --{scale}"}
+                                "command": f"python -m tests.claims {name} --{scale} {row.__name__}"}
         print(f"{row.__name__}: {result['measured']} -- {result['verdict']}", flush=True)
         FOLDER.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"file": name, "rows": stored}, indent=1, ensure_ascii=False) + "\n")

@@ -311,7 +311,8 @@ def step_time(scale):
     return {"claim": "a SlimFit step costs little more than a stock step", "paper": "unread", "measured":
             f"{ratio:.2f} x stock at rate 0.9, {best['0.75'] / best['stock']:.2f} x at 0.75 (asked: at most 1.3), stock "
             f"{1e3 * best['stock']:.0f} ms; profile at 0.9: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in shares.items()),
-            "verdict": "shown" if ratio <= 1.3 else "not shown at this scale", "numbers": {"seconds": numbers, "profile": shares}}
+            "verdict": "shown" if max(ratio, best["0.75"] / best["stock"]) <= 1.3 else "shown at 0.9 alone" if ratio <= 1.3
+            else "not shown at this scale", "numbers": {"seconds": numbers, "profile": shares}}
 
 
 # --- Real data -----------------------------------------------------------------------
