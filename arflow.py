@@ -105,7 +105,8 @@ PRESETS |= {                                         # the paper's models, on la
     for letter, (D, depth, H) in SIZES.items() for p in (2, 4, 8) for pixels in (128, 256)}
 
 LAST_TIME = 0.96                                     # the SDE's grid ends here as in the official sampler
-TARGET = 0.6                                         # the demo's class accuracy: mean - 4 s.d. of five seeds
+# Class accuracy of the demo's 200 samples: mean - 4 s.d. of the four seeds run so far (.83, .79, .745, .87).
+TARGET = 0.59
 
 
 def check(cfg):
