@@ -391,7 +391,10 @@ def demo(scale, seed, steps, **changes):
 
 
 def multilingual(scale):
-    """One model for all pairs against one for a low-resource and one for a high-resource pair."""
+    """One model for all pairs against one for a low-resource and one for a high-resource pair.
+
+    The length matters: at 150 steps one seed came out against the claim (low 0.01 together, 0.76 alone; high 0.68, 0.99).
+    """
     arms = {"en-mi (100 numbers)": ("en", "mi"), "en-zh (6000)": ("en", "zh")}
     arms = dict(list(arms.items())[:1]) if scale == "quick" else arms
     results = {f"{name}, {who}": [] for name in arms for who in ("all languages", "pair alone")}
