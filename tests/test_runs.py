@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,32 @@ def log_lines(method, name):
     return [{key: value for key, value in line.items() if key not in ("seconds", "memory")} for line in lines]
 
 
+def launched(words, where, **kwargs):
+    """A subprocess of the repository's Python, in an empty folder."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *words], cwd=where, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **kwargs)
+
+
+def one_and_two(method, where):
+    """Train in one process and in two, side by side, in `where`; returns what the pair printed."""
+    runs = [launched(["-m", "tests.two", method, *argv(method, **words)], where)
+            for words in (dict(name="one"), dict(name="two", gpus=2, device="cpu"))]
+    results = [process.communicate(timeout=180) for process in runs]
+    assert all(process.returncode == 0 for process in runs) and not any(err for _, err in results), results
+    return results[-1][0]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """{method: (folder, future of one_and_two)}: the second core works these off while the tests go on."""
+    with ThreadPoolExecutor(1) as pool:
+        folders = {method: tmp_path_factory.mktemp(f"{method}-pair") for method in METHODS}
+        yield {method: (where, pool.submit(one_and_two, method, where)) for method, where in folders.items()}
+
+
 @pytest.fixture(scope="module", params=METHODS)
-def whole(request, tmp_path_factory):
+def whole(request, pairs, tmp_path_factory):
     """(method, folder) of one uninterrupted tiny run called 'whole'."""
     where = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
@@ -122,22 +147,11 @@ def test_another_seed_changes_everything(whole, monkeypatch):
             assert_same(ours, theirs)
 
 
-def launched(words, where, **kwargs):
-    """A subprocess of the repository's Python, in an empty folder."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *words], cwd=where, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **kwargs)
-
-
-def test_one_process_equals_two_in_float64(whole, tmp_path, monkeypatch):
+def test_one_process_equals_two_in_float64(whole, pairs, monkeypatch):
     method, _ = whole
-    one = launched(["-m", "tests.two", method, *argv(method, name="one")], tmp_path)
-    assert one.wait() == 0, one.stderr.read()
-    two = launched(["-m", "tests.two", method, *argv(method, name="two", gpus=2, device="cpu")], tmp_path)
-    out, err = two.communicate(timeout=120)
-    assert two.returncode == 0 and err == "", err
-    assert "2 processes share the CPU" in out
-    monkeypatch.chdir(tmp_path)
+    where, said = pairs[method]
+    assert "2 processes share the CPU" in said.result()
+    monkeypatch.chdir(where)
     for name, saved in checkpoints(method, "two").items():
         assert_same(saved, checkpoints(method, "one")[name], atol=1e-12)
 
