@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 import common
 from tests import ROOT
@@ -93,12 +94,12 @@ class Instrument(ast.NodeTransformer):
     def __init__(self, text):
         self.comments = {number: match for number, line in enumerate(text.split("\n"), 1)
                          if (match := SHAPE.search(line)) and line[:match.start()].strip()}
-        self.inside = False
+        self.inside, self.function = False, ""
 
     def visit_FunctionDef(self, node):
-        outer, self.inside = self.inside, True
+        outer, self.inside, self.function = (self.inside, self.function), True, node.name
         self.generic_visit(node)
-        self.inside = outer
+        self.inside, self.function = outer
         first = 1 if ast.get_docstring(node) is not None else 0
         node.body.insert(first, ast.parse("shape_dims = {}").body[0])
         return node
@@ -109,9 +110,19 @@ class Instrument(ast.NodeTransformer):
         call.value.args[3] = value
         return call
 
+    def bare(self, node, value):
+        """In a forward, a line without a shape comment must not make a tensor."""
+        if self.function != "forward" or node.end_lineno in self.comments:
+            return None
+        call = ast.parse(f"shape_bare({node.end_lineno}, None)").body[0]
+        call.value.args[1] = value
+        return call
+
     def visit_Assign(self, node):
         if not self.inside or node.end_lineno not in self.comments:
-            return node
+            value = ast.parse(ast.unparse(node.targets[0])).body[0].value
+            call = self.bare(node, value)
+            return [node, call] if call else node
         target = node.targets[0]
         names = [element.id for element in target.elts] if isinstance(target, ast.Tuple) else [target.id]
         many = isinstance(target, ast.Tuple)
@@ -120,6 +131,8 @@ class Instrument(ast.NodeTransformer):
     def visit_Return(self, node):
         if self.inside and node.end_lineno in self.comments:
             node.value = self.check(node, node.value).value
+        elif node.value and (call := self.bare(node, node.value)):
+            node.value = call.value
         return node
 
 
@@ -154,15 +167,24 @@ def make_check(name, seen):
     return check
 
 
+def make_bare(silent):
+    def bare(line, value):
+        parts = value if isinstance(value, (tuple, list)) else [value]
+        if any(torch.is_tensor(part) for part in parts):
+            silent.add(line)
+        return value
+    return bare
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_shape_comments_hold_and_all_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text, seen = source(name), set()
+    text, seen, silent = source(name), set(), set()
     instrument = Instrument(text)
     tree = ast.fix_missing_locations(instrument.visit(ast.parse(text)))
     module = types.ModuleType(name)
     module.__file__ = str(ROOT / f"{name}.py")
-    module.__dict__["shape_check"] = make_check(name, seen)
+    module.__dict__.update(shape_check=make_check(name, seen), shape_bare=make_bare(silent))
     monkeypatch.setitem(sys.modules, name, module)
     exec(compile(tree, module.__file__, "exec"), module.__dict__)
     for words in [[], *VARIANTS[name]]:
@@ -171,4 +193,5 @@ def test_shape_comments_hold_and_all_run(name, tmp_path, monkeypatch):
     EXTRA[name](module)
     never = set(instrument.comments) - seen
     assert not never, f"{name}.py: shape comments never executed in lines {sorted(never)}"
+    assert not silent, f"{name}.py: tensor lines of a forward without their shape: {sorted(silent)}"
     assert len(seen) >= 20

@@ -46,15 +46,21 @@ def hardware():
 
 
 def table():
-    """The README's claims table, from all of assets/claims/*.json."""
-    lines = ["| file | claim | paper | measured here | verdict |", "| --- | --- | --- | --- | --- |"]
+    """The README's claims, from all of assets/claims/*.json: a heading, a table and its figures for each file."""
+    parts = []
     for path in sorted(FOLDER.glob("*.json")):
-        if path.stem.endswith("_gpu"):
+        name = path.stem
+        if name.endswith("_gpu"):
             continue
+        parts += [f"### {name}.py", "", "| claim | the paper | here | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
         for row in json.loads(path.read_text())["rows"].values():
-            lines.append(f"| {path.stem} | {row['claim']} | {row['paper']} | {row['measured']} "
-                         f"({row['scale']}) | {row['verdict']} |")
-    return "\n".join(lines)
+            here = row["measured"].replace(" (n = 1)", "").replace("; ", "<br>")
+            count = {"quick": 1, "full": 3}[row["scale"]] if row["verdict"] != "not run" else "-"
+            parts.append(f"| {row['claim']} | {row['paper']} | {here} | {count} | {row['verdict']} |")
+        figures = sorted((ROOT / "assets").glob(f"{name}_*.svg"))
+        links = ", ".join(f"[{figure.stem.removeprefix(name + '_').replace('_', ' ')}](assets/{figure.name})" for figure in figures)
+        parts += ["", f"Figures: {links}.", ""] if links else [""]
+    return "\n".join(parts).rstrip()
 
 
 def write_table():
