@@ -31,9 +31,24 @@ def verdict(shown):
     return "shown" if shown else "not shown at this scale"
 
 
+class Nap(nn.Module):
+    """A layer that sleeps instead of working: `seconds` forward, twice that backward."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def forward(self, x):
+        time.sleep(self.seconds)
+        y = x.clone()
+        if y.requires_grad:
+            y.register_hook(lambda gradient: time.sleep(2 * self.seconds))
+        return y
+
+
 def asleep(seconds, sizes, M, mode="never"):
     """(makespan, idle share) of a step on layers that sleep: the better of two, after one to warm up."""
-    model = nn.Sequential(*map(gpipe.Nap, seconds))
+    model = nn.Sequential(*map(Nap, seconds))
     pipe = gpipe.Pipeline(model, sizes, CPU, M, mode)
     x = torch.zeros(max(M, 2), 1, requires_grad=True)
     runs = []
@@ -42,6 +57,18 @@ def asleep(seconds, sizes, M, mode="never"):
         runs.append(gpipe.idle(pipe.times, len(sizes)))
     share, span = min(runs[1:], key=lambda run: run[1])
     return span, share
+
+
+def simulate(tasks, cost, early=True):
+    """{task: (start, end)} on a virtual clock on which a task takes cost(kind, m, k) and boundaries nothing.
+    early=False: R waits for the gradient like B."""
+    times, free = {}, {}
+    for kind, m, k in tasks:
+        before = {"F": ("F", m, k - 1), "B": ("B", m, k + 1), "R": not early and ("B", m, k + 1)}.get(kind)
+        start = max(free.get(k, 0), times[before][1] if before in times else 0)
+        free[k] = start + cost(kind, m, k)
+        times[kind, m, k] = start, free[k]
+    return times
 
 
 # --- The pipeline by emulation -------------------------------------------------
@@ -105,6 +132,36 @@ def real_threads(scale):
             "verdict": verdict(ceiling >= 1.5 and gain >= 0.85 * best), "numbers": {"gains": gains, "ceilings": ceilings}}
 
 
+def overhead(scale):
+    """What the engine costs where it is of no use: K = 1, M = 1 against a plain loop, on layers of about 10 ms."""
+    torch.set_num_threads(1)
+    model, x = mlp(6, 1024), torch.randn(256, 1024)
+    pipe, ratios, cpu, layers = gpipe.Pipeline(copy.deepcopy(model), [6], CPU, 1), [], [], []
+
+    def plain():
+        start = time.perf_counter()
+        y = model(x)
+        layers.append((time.perf_counter() - start) / 6)
+        y.square().mean().backward()
+
+    def timed(function):
+        start = time.perf_counter(), time.process_time()
+        function()
+        return time.perf_counter() - start[0], time.process_time() - start[1]
+
+    arms = {"plain": plain, "pipeline": lambda: pipe.step(x, lambda y: y.square().mean())}
+    for pair in range(26):                                              # first one, then the other; two to warm up
+        spans = {name: timed(arms[name]) for name in sorted(arms, reverse=pair % 2)}
+        ratios.append(spans["pipeline"][0] / spans["plain"][0])
+        cpu.append(spans["pipeline"][1] / spans["plain"][1])
+    ratios, cpu = ratios[2:], cpu[2:]
+    ratio, busy = statistics.median(ratios), statistics.median(cpu)
+    return {"claim": "the engine itself costs nothing to speak of: K = 1, M = 1 over the plain loop, six layers", "paper":
+            "no figure", "measured": f"{100 * (ratio - 1):+.1f} % of wall-clock, {100 * (busy - 1):+.1f} % of CPU time (median of "
+            f"{len(ratios)} interleaved pairs, a forward of {1000 * statistics.median(layers):.0f} ms a layer)",
+            "verdict": verdict(ratio <= 1.05), "numbers": {"ratios": ratios, "cpu": cpu}}
+
+
 class SlowChannel(gpipe.Channel):
     """A link that delivers `seconds` after sending, while its stages work; blocking: the receiver does the copying."""
 
@@ -125,7 +182,7 @@ def linked(K, M, seconds, blocking):
     """Makespan of eight layers of 5 ms on K stages with a delay on the boundaries between them."""
     original, gpipe.Channel = gpipe.Channel, SlowChannel
     try:
-        pipe = gpipe.Pipeline(nn.Sequential(*(gpipe.Nap(0.005) for _ in range(8))), [8 // K] * K, CPU, M, "never")
+        pipe = gpipe.Pipeline(nn.Sequential(*(Nap(0.005) for _ in range(8))), [8 // K] * K, CPU, M, "never")
     finally:
         gpipe.Channel = original
     for channel in pipe.ahead[1:-1] + pipe.back[1:-1]:
@@ -178,16 +235,15 @@ def imbalance(scale):
 
 # --- Memory and the price of recomputation -------------------------------------
 
-def largest(rows, unit, budget, K, M, mode):
-    """The most repetitions of the middle layers `unit` that fit K devices of `budget` bytes each."""
+def largest(rows, repeat, budget, K, M, mode):
+    """How often the layers `repeat` (indices) can stand in a row before K devices of `budget` bytes are too few."""
     def fits(n):
-        grown = [*rows[:1], *rows[1:-1][:unit] * n, *rows[-1:]]
+        grown = [row for i, row in enumerate(rows) for _ in range(n if i in repeat else 1)]
         if len(grown) < K:
             return True
-        cost = [12 * row["params"] + row["kept"] + row["input"] for row in grown]
-        sizes = gpipe.partition(cost, K, "bottleneck")
+        sizes = gpipe.partition([12 * row["params"] + row["kept"] for row in grown], K, "bottleneck")
         return max(sum(stage) for stage in gpipe.footprint(grown, sizes, M, mode)) <= budget
-    low, high = 0, 2
+    low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
@@ -199,7 +255,7 @@ def largest(rows, unit, budget, K, M, mode):
 def measured_bytes(model, x):
     """Bytes that backward keeps of one micro-batch on the CPU, beside what profile says."""
     kept = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()} | {x.untyped_storage().data_ptr()}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(
             lambda t: (kept.setdefault(t.untyped_storage().data_ptr(), t), t)[1], lambda t: t):
         y = model(x.requires_grad_())
@@ -209,39 +265,34 @@ def measured_bytes(model, x):
 
 
 def table1(scale):
-    """Table 1: the largest Transformer and AmoebaNet per device memory, by accounting checked against real bytes."""
+    """Table 1: the deepest Transformer and AmoebaNet per device memory, by accounting checked against real bytes.
+
+    A quarter of the paper's mini-batch, so that the naive arm holds anything at all: all samples at once, all kept.
+    """
     torch.set_num_threads(1)
-    numbers = {}
-    cfg = dataclasses.replace(gpipe.Config(), **gpipe.PRESETS["Transformer-3"], plan=True)
-    for M, arms in ((1, {"naive-1": (1, "never")}), (32, {f"pipeline-{K}": (K, "always") for K in (1, 2, 4, 8)})):
-        with torch.device("meta"):
-            rows = gpipe.profile(*gpipe.build(dataclasses.replace(cfg, micro=M), 32_000))
-        for name, (K, mode) in arms.items():
-            numbers[f"Transformer, {name}"] = largest(rows, 1, 16 * 2**30, K, M, mode)
-    layer = gpipe.Layer(256, 1024, 4, 0.0, "causal")
-    x, ids = torch.randn(4, 64, 256), torch.ones(4, 64, dtype=torch.long)
-    row = gpipe.profile(nn.Sequential(layer), (x, ids))[0]
-    real = measured_bytes(nn.ModuleList([Apply(layer, ids)])[0], x)
-    numbers["profile / measured bytes"] = row["kept"] / real
-    pipes = [numbers[f"Transformer, pipeline-{K}"] for K in (1, 2, 4, 8)]
-    linear = abs(pipes[3] / pipes[0] / 8 - 1)
-    return {"claim": "re-materialization and K devices of 16 GB let a Transformer grow, linearly in K (by accounting)",
-            "paper": "layers: 3 naive, 13 at K = 1, 103 at K = 8", "measured":
-            f"layers: {numbers['Transformer, naive-1']} naive, {', '.join(map(str, pipes))} at K = 1, 2, 4, 8 (micro-batch "
-            f"of 1); profile over real bytes {numbers['profile / measured bytes']:.3f}",
-            "verdict": verdict(pipes[0] > 2 * max(1, numbers["Transformer, naive-1"]) and linear < 0.25),
-            "numbers": numbers}
-
-
-class Apply(nn.Module):
-    """A layer of (x, ids) as a function of x."""
-
-    def __init__(self, layer, ids):
-        super().__init__()
-        self.layer, self.ids = layer, ids
-
-    def forward(self, x):
-        return self.layer((x, self.ids))[0]
+    numbers, text, growth = {}, [], []
+    # AmoebaNet: the third cell of a stack of three is the one that is repeated; L = 6 + 3 n
+    for name, preset, changes, repeat, budget in (
+            ("Transformer-L", "Transformer-3", dict(batch=8), (1,), 16),
+            ("AmoebaNet-D(L, 208)", "AmoebaNet-D-18-208", dict(batch=32, layers=9), (5, 9, 13), 8)):
+        cfg = dataclasses.replace(gpipe.Config(), **{**gpipe.PRESETS[preset], **changes}, plan=True)
+        arms, found = {"naive": (1, 1, "never"), **{f"K = {K}": (K, 8, "always") for K in (1, 2, 4, 8)}}, []
+        for arm, (K, M, mode) in arms.items():
+            with torch.device("meta"):
+                rows = gpipe.profile(*gpipe.build(dataclasses.replace(cfg, micro=M), cfg.classes))
+            n = largest(rows, repeat, budget * 2**30, K, M, mode)
+            found.append(n if len(repeat) == 1 else (6 + 3 * n) * (n > 0))
+            numbers[f"{name}, {arm}"] = found[-1]
+        growth.append((found[1] / max(1, found[0]), found[4] / found[1]))
+        text.append(f"{name}: {found[0]} naive, {', '.join(map(str, found[1:]))} at K = 1, 2, 4, 8")
+    layer, x = gpipe.Layer(256, 1024, 4, 0.0, "causal"), torch.randn(4, 64, 256)
+    exact = gpipe.profile(nn.Sequential(layer), x)[0]["kept"] / measured_bytes(layer, x)
+    return {"claim": "re-materialization and K devices let a model grow, about linearly in K (layers that fit, 16 GiB a device, "
+            "AmoebaNet 8; by accounting)", "paper": "Transformer 3 naive, 13 at K = 1, 103 at K = 8; AmoebaNet, growing in "
+            "width too, 82M, 318M and 1.8B parameters: less than linear", "measured": "; ".join(text) + "; M = 8. Bytes by "
+            f"shapes over measured ones: {exact:.3f} (they count attention matrices, which fused kernels do not keep)",
+            "verdict": verdict(all(more >= 2 and abs(gain / 8 - 1) <= 0.3 for more, gain in growth)),
+            "numbers": {**numbers, "profile / measured bytes": exact}}
 
 
 def recompute_price(scale):
@@ -306,7 +357,7 @@ def one_f_one_b(K, M):
 def later_schedule(scale):
     """What came after: 1F1B has the same bubble and the same gradients with fewer live micro-batches."""
     K, M, cost = 4, 8, {"F": 1, "B": 2, "L": 0}
-    spans = [gpipe.idle(gpipe.simulate(tasks, lambda kind, m, k: cost[kind]), K)[1]
+    spans = [gpipe.idle(simulate(tasks, lambda kind, m, k: cost[kind]), K)[1]
              for tasks in (gpipe.schedule(K, M, "never"), one_f_one_b(K, M))]
     live = {}
     for name, tasks in (("GPipe", gpipe.schedule(K, M, "never")), ("1F1B", one_f_one_b(K, M))):
@@ -354,8 +405,8 @@ def only(dataset, keep):
                                direction=dataset.direction[rows])
 
 
-def fit(cfg, dataset):
-    """gpipe.train without a folder: (pipeline, model, losses)."""
+def fit(cfg, dataset, look=lambda model: None):
+    """gpipe.train without a folder: (pipeline, model, losses). look(model) sees the gradients of every step."""
     torch.set_num_threads(1)
     V = len(dataset.vocabulary.words) if cfg.model == "translate" else len(dataset.classes)
     model, inputs = gpipe.build(cfg, V)
@@ -370,6 +421,7 @@ def fit(cfg, dataset):
             group["lr"] = gpipe.learning_rate(cfg, step)
         opt.zero_grad()
         losses.append(float(pipe.step(inputs, lambda y, t=target, n=total: gpipe.loss(y, t, n), step)[0]))
+        look(model)
         opt.step()
     return pipe, model, losses
 
@@ -414,18 +466,31 @@ def multilingual(scale):
             "numbers": results}
 
 
+def held_out(pipe, test):
+    """Loss a token of sentence pairs, teacher-forced and without smoothing."""
+    source, ids = torch.as_tensor(test.source), torch.as_tensor(test.target)
+    target = torch.where(ids == gpipe.PAD, -100, ids)[:, 1:]
+    return float(gpipe.loss(pipe.infer((source, ids[:, :-1])), target, int((target != -100).sum()), smoothing=0.0))
+
+
 def depth(scale):
-    """Deep against wide at equal parameters on the low-resource directions."""
-    results = {"deep T(4, 192, 2)": [], "wide T(2, 384, 4)": []}
-    test = only(pairs("test"), lambda a, b: {a, b} & {"mi", "sw", "eo"})
+    """Deep against wide at equal parameters on the low-resource directions of six languages, numbers below 1000."""
+    languages, low = ("en", "zh", "id", "eo", "sw", "mi"), lambda a, b: {a, b} & {"mi", "sw", "eo"}
+    train, test, few = (gpipe.data.translation_pairs(split, languages=languages, limit=1000, tests=tests)
+                        for split, tests in (("train", 0), ("test", 100), ("test", 10)))
+    arms = {"deep T(4, 192, 2)": dict(layers=4, hidden=192, heads=2), "wide T(2, 384, 4)": dict(layers=2, hidden=384, heads=4)}
+    losses, right = {name: [] for name in arms}, {name: [] for name in arms}
     for seed in seeds(scale):
-        for name, size in zip(results, (dict(layers=4, hidden=192, heads=2), dict(layers=2, hidden=384, heads=4))):
-            cfg = demo(scale, seed, 100, batch=128, **size)
-            results[name].append(float(score(fit(cfg, pairs("train"))[0], cfg, test)))
-    gain = np.mean(results["deep T(4, 192, 2)"]) - np.mean(results["wide T(2, 384, 4)"])
+        for name, size in arms.items():
+            cfg = demo(scale, seed, 300, batch=128, **size)
+            pipe, _, _ = fit(cfg, train)
+            losses[name].append(held_out(pipe, only(test, low)))
+            right[name].append(float(score(pipe, cfg, only(few, low))))
+    deep, wide = (np.mean(values) for values in losses.values())
     return {"claim": "deep beats wide at equal parameters on low-resource languages", "paper": "BLEU about 34.3 against 32.4",
-            "measured": "; ".join(f"{name} {spread(values)}" for name, values in results.items()),
-            "verdict": verdict(gain > 0.02), "numbers": results}
+            "measured": "; ".join(f"{name}: held-out loss a token {spread(losses[name])}, right answers {spread(right[name])}"
+                                  for name in arms), "verdict": verdict(deep < 0.9 * wide),
+            "numbers": {"losses": losses, "right": right}}
 
 
 def batches(scale):
@@ -442,22 +507,25 @@ def batches(scale):
 
 
 def depth_tricks(scale):
-    """The smaller initial feed-forward keeps a deep network's first outputs and gradients small."""
-    results = {}
-    ids = torch.randint(3, 100, (4, 12), generator=torch.Generator().manual_seed(0))
-    for scaled in (True, False):
-        torch.manual_seed(0)
-        model = gpipe.transformer(32, 128, 1, 100, 64, scaled=scaled, clip=0.0)
-        states = (ids, ids)
-        for layer in model[:-1]:
-            states = layer(states)
-        value = gpipe.loss(model[-1](states), ids, ids.numel())
-        value.backward()
-        norm = float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
-        results["scaled" if scaled else "plain"] = [float(states[1].detach().var()), norm]
-    return {"claim": "the scaled initialisation tames 64 layers", "paper": "training instability without the two tricks",
-            "measured": ", ".join(f"{name}: output variance {v:.3g}, gradient norm {n:.3g}" for name, (v, n) in results.items()),
-            "verdict": verdict(results["scaled"][0] < 0.8 * results["plain"][0]), "numbers": results}
+    """A deep network at a high learning rate with both tricks and without: the loss, and the largest gradient."""
+    data = gpipe.data.translation_pairs("train", languages=("en", "id", "eo", "sw"), limit=100)
+    arms = {"both tricks": dict(), "none": dict(scaled=False, clip=0.0)}
+    ends, peaks = {name: [] for name in arms}, {name: [] for name in arms}
+    for seed in seeds(scale):
+        for name, change in arms.items():
+            cfg = demo(scale, seed, 80, layers=24, width=32, hidden=64, heads=1, batch=32, lr=1e-2, warmup=20, stages=1,
+                       micro=1, **change)
+            norms = []
+            _, _, losses = fit(cfg, data, lambda model, norms=norms: norms.append(float(
+                torch.cat([p.grad.flatten() for p in model.parameters()]).norm())))
+            ends[name].append(float(np.mean(losses[-10:])))
+            peaks[name].append(max(norms[20:]) / statistics.median(norms[20:]))
+    gain = np.mean(ends["none"]) - np.mean(ends["both tricks"])
+    calm = np.mean(peaks["both tricks"]) < np.mean(peaks["none"])
+    return {"claim": "scaled initialisation and clipped logits steady 48 layers at a high learning rate", "paper":
+            "training instability without them, no figure", "measured": "; ".join(
+                f"{name}: final training loss {spread(ends[name])}, largest over median gradient {spread(peaks[name])}"
+                for name in arms), "verdict": verdict(gain > 0.05 and calm), "numbers": {"losses": ends, "peaks": peaks}}
 
 
 @functools.lru_cache(maxsize=None)
@@ -476,7 +544,7 @@ def capacity(scale):
     results = {"D = 4": [], "D = 16": []}
     for seed in seeds(scale):
         for name, D in zip(results, (4, 16)):
-            cfg = picture(scale, seed, 60, filters=D)
+            cfg = picture(scale, seed, 60, width=D)
             results[name].append(float(score(fit(cfg, images("train"))[0], cfg, images("test"))))
     gain = np.mean(results["D = 16"]) - np.mean(results["D = 4"])
     return {"claim": "more capacity, more accuracy (AmoebaNet-D, drawn shapes)", "paper": "557M: 84.4 % top-1, before 83.9 %",
@@ -526,9 +594,9 @@ def batch_norm(scale):
             torch.manual_seed(0)
             norms = [gpipe.BatchNorm(C) if kind == "deferred" else PlainNorm(C) for C in (16, 32)]
             model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), norms[0], nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), norms[1],
-                                  nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-            cfg = picture(scale, 0, 100, batch=32)
-            pipe, opt = gpipe.Pipeline(model, [3, 6], CPU, M, "always"), torch.optim.Adam(model.parameters(), 1e-2)
+                                  nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 10))
+            cfg = picture(scale, 0, 300, batch=32)
+            pipe, opt = gpipe.Pipeline(model, [3, 5], CPU, M, "always"), torch.optim.Adam(model.parameters(), 3e-3)
             for step in range(cfg.steps):
                 inputs, target, total = gpipe.draw(images("train"), cfg, step)
                 opt.zero_grad()
@@ -536,10 +604,12 @@ def batch_norm(scale):
                 opt.step()
             results[f"{kind}, M = {M}"] = float(score(pipe, cfg, images("test")))
             counts[f"{kind}, M = {M}"] = int(norms[0].num_batches_tracked) / cfg.steps
-    right = all(count == 1 for name, count in counts.items() if "deferred" in name)
-    return {"claim": "batch statistics of micro-batches, running averages once a mini-batch", "paper": "Sec. 2.2, no figure",
-            "measured": ", ".join(f"{name}: {share:.2f} ({counts[name]:g} updates a step)" for name, share in results.items()),
-            "verdict": verdict(right and counts["plain, M = 4"] == 8), "numbers": {"accuracy": results, "updates": counts}}
+    once = all(count == 1 for name, count in counts.items() if "deferred" in name) and counts["plain, M = 4"] == 8
+    close = abs(results["deferred, M = 4"] - results["deferred, M = 1"]) < 0.05 and results["deferred, M = 1"] > 0.3
+    return {"claim": "deferred BatchNorm: running averages move once a mini-batch, and M = 4 (8 images a micro-batch) is as "
+            "accurate as M = 1", "paper": "Sec. 2.2, no figure", "measured":
+            ", ".join(f"{name}: {share:.2f} ({counts[name]:g} updates a step)" for name, share in results.items()),
+            "verdict": verdict(once and close), "numbers": {"accuracy": results, "updates": counts}}
 
 
 def gpus(scale):
@@ -550,5 +620,5 @@ def gpus(scale):
             "numbers": {"commands": commands}}
 
 
-ROWS = [speedup, real_threads, slow_links, imbalance, table1, recompute_price, consistency, later_schedule, batch_norm,
+ROWS = [speedup, real_threads, overhead, slow_links, imbalance, table1, recompute_price, consistency, later_schedule, batch_norm,
         depth_tricks, multilingual, depth, batches, capacity, transfer, gpus]
