@@ -119,6 +119,59 @@ def flextok(official, given):
     return dict(data="latents:official", name="official", stage="tokenizer", **shape) | given, {"ema": ours}
 
 
+DETAILFLOW = [("visual_model.", ""), ("vision_model.", "encoder."), ("embeddings.patch_embedding.", "embed."),
+              ("embeddings.position_embedding.weight", "grid"), ("encoder.layers.", "blocks."), ("post_layernorm.", "norm."),
+              ("latent_tokens", "queries"), ("refined_tokens", "refined"), ("latent_pos_embed", "positions"),
+              (".layer_norm", ".norm"), (".self_attn.out_proj.", ".out."), (".mlp.fc1.", ".up."),
+              (".mlp.fc2.", ".down."), ("decoder.mask_token", "decoder.mask"), ("to_pixel.model.", "head."),
+              ("post_quant_conv.", "read."), ("quant_conv.", "quant."), ("refine_conv.", "refine."),
+              ("quantize.embedding.weight", "vq.codes"), ("global_token_proj.", "align.")]
+DETAILFLOW_AR = [("cls_embedding.embedding_table.", "label."), ("spe_tok_embeddings.special_embeddings.weight", "masks"),
+                 ("tok_embeddings.", "table."), ("layers.", "blocks."), ("attention_norm", "norm1"), ("ffn_norm", "norm2"),
+                 ("attention.wqkv.", "qkv."), ("attention.wo.", "out."), ("feed_forward.w1.", "gate."), ("feed_forward.w3.", "up."),
+                 ("feed_forward.w2.", "down."), ("output.", "head.")]
+
+
+def detailflow_tokenizer(official):
+    """The weights of a DetailFlow tokenizer; or of SigLIP2's vision model, to start from (its last blocks idle)."""
+    own = {name: value for name, value in official.items() if not re.search("repa_model|text_model|logit|head[.]", name)}
+    ours = renamed(own, DETAILFLOW, drop=("quantize.codebook_used",))
+    for name in [name for name in ours if ".q_proj." in name]:
+        parts = [ours.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        ours[name.replace("self_attn.q_proj", "qkv")] = torch.cat(parts)
+    for name, value in ours.items():
+        if name.endswith("grid"):
+            ours[name] = value.unflatten(0, (round(len(value) ** 0.5), -1))
+        elif name.endswith(("queries", "refined", "positions", "decoder.mask")):
+            ours[name] = value.reshape(-1, value.shape[-1]).squeeze(0) if name.endswith("mask") else value[0]
+    return ours
+
+
+def detailflow(official, given):
+    """A DetailFlow tokenizer; its AR model, joined to a converted --tokenizer; or SigLIP2, to start from."""
+    if "tok_embeddings.weight" in official:
+        ours = renamed(official, DETAILFLOW_AR, drop=("freqs_cis",))
+        (K, D), m = ours["table.weight"].shape, len(ours["blocks.0.up.weight"])
+        depth = len([name for name in ours if name.endswith("qkv.weight")])
+        common.need(given.get("tokenizer"), "give --tokenizer CHECKPOINT, the converted tokenizer that draws its tokens")
+        found = common.read_checkpoint(given["tokenizer"], "detailflow")
+        shape = dict(gpt=f"{D}x{depth}x{max(1, D // 64)}x{m}", codes=K, group=1 + len(ours["masks"]), stage="ar")
+        return found["config"] | shape | given, {"tokenizer": found["state"]["tokenizer"], "ema": ours}
+    ours = detailflow_tokenizer(official)
+    if "vq.codes" not in ours:
+        return dict(name="siglip2") | given, {"tokenizer": ours}
+    ours["vq.use"] = torch.ones(len(ours["vq.codes"]))
+    N, D = ours["encoder.queries"].shape
+    f = round((ours["encoder.embed.weight"].shape[1] // 3) ** 0.5)
+    shape = dict(tokens=N, codes=len(ours["vq.codes"]), dim=ours["vq.codes"].shape[1], patch=f,
+                 size=f * len(ours["encoder.grid"]))
+    for half in ("encoder", "decoder"):
+        D, m = ours[f"{half}.norm.weight"].shape[0], len(ours[f"{half}.blocks.0.up.weight"])
+        depth = len([name for name in ours if name.startswith(half) and name.endswith("qkv.weight")])
+        shape[half] = f"{D}x{depth}x{16 if D == 1152 else max(1, D // 64)}x{m}"
+    return dict(data="folder:official", name="official", stage="tokenizer", **shape) | given, {"tokenizer": ours}
+
+
 def slimfit(official, given):
     """A fine-tuned BERT or ViT of the usual names; what no shape tells (heads, data, classes' file) is given."""
     import slimfit as method
@@ -135,7 +188,7 @@ def slimfit(official, given):
     return shape | given, {"model": ours}
 
 
-CONVERTERS = {"arflow": arflow, "vitok": vitok, "flextok": flextok, "slimfit": slimfit}
+CONVERTERS = {"arflow": arflow, "vitok": vitok, "flextok": flextok, "detailflow": detailflow, "slimfit": slimfit}
 
 
 def convert(method, source, target, given):

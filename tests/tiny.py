@@ -5,6 +5,8 @@ VARIANTS  more command lines on top of it, so that every line with a shape comme
 EXTRA   a function of the module for what no command line reaches (the slow forms beside the fast ones)
 """
 
+import dataclasses
+
 import torch
 
 TINY = {
@@ -18,14 +20,20 @@ TINY = {
                     compare="0.5", steps=6, batch=4, lr=1e-3, log=2, save=3),
     "flextok": dict(size=8, patch=4, registers=4, encoder=1, decoder=2, gpt=1, head=8,
                     levels="8,5", steps=6, batch=4, lr=1e-3, euler=2, count=10, log=2, save=3),
+    "detailflow": dict(size=8, patch=4, tokens=8, group=2, causal=2, codes=16, dim=4, near=4, encoder="16x1x2x16",
+                       decoder="16x1x2x16", gpt="16x1x2x16", degrade=0.5, kmeans=2,
+                       perceptual=1.0, ramp=2, gan=0.2, gan_from=3, align=1.0, dropout=0.0,
+                       steps=6, batch=4, lr=0.1, count=10, log=2, save=3),
 }
 
 VARIANTS = {
+    "detailflow": [["--zoom", "1.25", "--kmeans", "1", "--top_k", "9", "--top_p", "0.9", "--guidance", "1"],
+                   ["--no-correct", "--degrade", "1", "--gan_from", "0", "--kmeans", "0"]],
     "flextok": [["--condition", "text", "--top_k", "9", "--top_p", "0.9", "--guidance", "1", "--time", "logit-normal"],
                 ["--no-apg", "--repa", "0", "--nested", "uniform"]],
     "arflow": [["--block", "sit", "--images", "1"]],
-    "gpipe": [["--model", "amoebanet-d", "--data", "shapes", "--size", "8", "--layers", "3", "--filters", "4"],
-              ["--plan"], ["--emulate", "0.001"]],
+    "gpipe": [["--model", "amoebanet-d", "--data", "shapes", "--size", "8", "--layers", "3", "--width", "4"],
+              ["--plan"], ["--plan", "--model", "lm"], ["--emulate", "0.001"]],
     "vitok": [["--masked", "--scale", "1", "--eta", "1"], ["--latents", "3", "--recompute"],
               ["--frames", "2", "--model", "12x1x2-12x2x2/2x4"]],
     "slimfit": [["--keep", "0.1", "--scaled"], ["--keep", "0.5", "--no-products", "--no-probabilities"]],
@@ -44,12 +52,14 @@ def vitok_extra(vitok):
 def slimfit_extra(slimfit):
     cfg = slimfit.Config(words=30, positions=8, length=8, width=16, depth=1, heads=2, dropout=0.1)
     ids, keep = torch.randint(30, (2, 8)), torch.ones(2, 8)
-    slimfit.Encoder(cfg)(ids, ids % 2, keep)
+    for target in ("class", "span"):
+        slimfit.Encoder(dataclasses.replace(cfg, target=target))(ids, ids % 2, keep)
     slimfit.best_span(torch.randn(2, 8), torch.randn(2, 8), keep.bool())
     slimfit.pack4(torch.randn(5))
 
 
 EXTRA = {
+    "detailflow": lambda detailflow: None,
     "flextok": lambda flextok: None,
     "arflow": arflow_extra,
     "gpipe": lambda gpipe: None,
