@@ -101,7 +101,8 @@ def test_invariant_03_flop_ratios_against_the_convolutional_auto_encoders():
     assert 653.8 / image == pytest.approx(4.07, abs=0.005) and 505.3 / video == pytest.approx(3.14, abs=0.005)
 
 
-@pytest.mark.parametrize("fields", [{}, {"frames": 4, "model": "12x1x2-24x2x2/2x8"}, {"latents": 6}])
+@pytest.mark.parametrize("fields", [{}, {"frames": 4, "model": "12x1x2-24x2x2/2x8"}, {"latents": 6},
+                                    {"variational": False}])
 def test_flop_formula_equals_torchs_counter(fields):
     cfg = config(**fields)
     model = build(cfg, torch.float32)
@@ -109,7 +110,7 @@ def test_flop_formula_equals_torchs_counter(fields):
     plan = vitok.plan(cfg)
     with sdpa_kernel(SDPBackend.MATH):                        # the fused CPU kernel would not be counted
         assert common.flops(lambda: model(x)) == pytest.approx(2e9 * macs(plan), rel=0.01)
-    assert plan["encoder parameters"] + plan["decoder parameters"] == count(model)
+    assert plan["encoder parameters"] + plan["decoder parameters"] == plan["parameters"] == count(model)
 
 
 def test_invariant_04_channels_cost_nothing_and_e_does_not_fix_the_cost():
@@ -194,8 +195,9 @@ def test_invariant_07_values_are_not_rotated():
     torch.testing.assert_close(attention(x, angles.cos(), angles.sin()), plain)
 
 
-@pytest.mark.parametrize("d, parts", [(64, (22, 22, 20)), (72, (24, 24, 24)), (12, (4, 4, 4)), (10, (4, 4, 2))])
-def test_head_widths_split_evenly_with_the_remainder_for_time(d, parts):
+@pytest.mark.parametrize("d, parts", [(64, (22, 22, 20)), (72, (24, 24, 24)), (12, (4, 4, 4)), (10, (4, 4, 2)),
+                                      (6, (2, 2, 2)), (8, (4, 2, 2)), (20, (8, 6, 6))])
+def test_head_widths_split_as_evenly_as_can_be(d, parts):
     angles = vitok.rope_angles(torch.eye(3), d)
     assert tuple(2 * int((row != 0).sum()) for row in angles) == parts
 
@@ -287,7 +289,7 @@ def test_invariant_12_stage_two_touches_the_decoder_alone():
     assert all(torch.equal(a, b) for a, b in zip(with_kl, without))
     whole = [p for p in model.parameters()]
     recon, mean, logvar = model(x, normal(2, 16, 4, seed=3))                           # nothing frozen here
-    value, _ = vitok.terms_of(recon, x, mean, logvar, cfg, perceptual)
+    value, _ = vitok.terms_of(recon, mean, logvar, x, cfg, perceptual)
     value = value - 0.05 * 0.5 * disc(recon).mean()
     free = torch.autograd.grad(value, whole)[-len(with_kl):]
     assert all(torch.equal(a, b) for a, b in zip(with_kl, free))
@@ -297,12 +299,12 @@ def test_invariant_13_clips_are_judged_frame_by_frame():
     x, y = normal(2, 3, 4, 16, 16), normal(2, 3, 4, 16, 16, seed=1)
     cfg, mean = config(**CLIP), torch.zeros(2, 8, 4, dtype=torch.float64)
     disc = vitok.Discriminator(16, 8).double()
-    terms = vitok.terms_of(y, x, mean, mean, cfg, perceptual)[1]
+    terms = vitok.terms_of(y, mean, mean, x, cfg, perceptual)[1]
     terms["disc"] = vitok.loss_disc(disc, x, y)
-    single = [vitok.terms_of(y[:, :, f:f + 1], x[:, :, f:f + 1], mean, mean, cfg, perceptual)[1]
+    single = [vitok.terms_of(y[:, :, f:f + 1], mean, mean, x[:, :, f:f + 1], cfg, perceptual)[1]
               | {"disc": vitok.loss_disc(disc, x[:, :, f:f + 1], y[:, :, f:f + 1])} for f in range(4)]
     order = torch.tensor([2, 0, 3, 1])
-    mixed = vitok.terms_of(y[:, :, order], x[:, :, order], mean, mean, cfg, perceptual)[1]
+    mixed = vitok.terms_of(y[:, :, order], mean, mean, x[:, :, order], cfg, perceptual)[1]
     mixed["disc"] = vitok.loss_disc(disc, x[:, :, order], y[:, :, order])
     for name in ("mse", "lpips", "disc"):
         torch.testing.assert_close(terms[name], sum(s[name] for s in single) / 4)
@@ -395,12 +397,7 @@ def test_a_file_that_is_no_vgg(tmp_path, content):
 
 
 def rates(steps, **kwargs):
-    opt = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    out = []
-    for step in range(steps + 1):
-        vitok.set_rate(opt, step / steps, 4e-4, **kwargs)
-        out.append(opt.param_groups[0]["lr"])
-    return out
+    return [4e-4 * vitok.cosine(step / steps, **kwargs) for step in range(steps + 1)]
 
 
 def test_invariant_15_ramp_and_learning_rate():
@@ -427,7 +424,9 @@ def test_invariant_16_the_generator_at_initialisation():
     z, label, time = normal(3, 16, 4), torch.tensor([0, 4, 5]), torch.tensor([0, 500, 999])
     assert torch.equal(model(z, time, label), torch.zeros(3, 16, 8, dtype=torch.float64))
     hidden, cond = normal(3, 16, 24), normal(3, 24, seed=1)
-    assert torch.equal(model.trunk.blocks[0](hidden, model.trunk.cos, model.trunk.sin, cond), hidden)
+    block = model.trunk.blocks[0]
+    six = block.modulation(cond)[:, None].chunk(6, 2)
+    assert torch.equal(block(hidden, model.trunk.cos, model.trunk.sin, *six), hidden)
     noise = normal(3, 16, 4, seed=2)
     draws = {"time": time, "eps": noise, "drop": torch.zeros(3, dtype=torch.bool)}
     assert torch.equal(vitok.loss_dit(model, (z, label), draws)[1]["mse"], noise.square().mean())
@@ -452,7 +451,7 @@ def test_invariant_17_noise_schedule_and_respacing():
         vitok.sample(oracle, torch.tensor([1]), torch.Generator(), steps)
         kept = oracle.times[::-1]
         assert kept == [round(k * 999 / (steps - 1)) for k in range(steps)] and len(set(kept)) == steps
-        bars = vitok.BAR[kept]
+        bars = vitok.BAR[kept].flatten()
         betas = 1 - bars / torch.cat((torch.ones(1, dtype=torch.float64), bars[:-1]))
         torch.testing.assert_close(torch.cumprod(1 - betas, 0), bars, rtol=0, atol=1e-12)
 
@@ -788,8 +787,10 @@ def trained(tmp_path_factory):
     (["--model", "12x1x2-12x2x2/3"], "--size 8: must be a multiple of 3"),
     (["--model", "S-Q/16"], "--model S-Q/16"), (["--model", "S-B"], "write a model as"),
     (["--model", "S-B/0"], "write a model as"), (["--dit", "12x1"], "write a model as"),
-    (["--model", "12x0x2-12x2x2/4"], "write a model as"), (["--dit", "10x1x3"], "heads must divide"),
-    (["--dit", "16x1x2"], "heads must divide"), (["--size", "12"], "power of two"),
+    (["--model", "12x0x2-12x2x2/4"], "write a model as"), (["--dit", "10x1x3"], "heads in even parts"),
+    (["--dit", "14x1x2"], "even parts"), (["--dit", "8x1x2"], "even parts of 6 or more"),
+    (["--model", "12x1x-2-12x2x2/4"], "write a model as"), (["--model", "12x1x0-12x2x2/4"], "write a model as"),
+    (["--size", "12"], "power of two"), (["--data", "latents:none.npz"], "none.npz"),
     (["--channels", "0"], "--channels 0: must be at least 1"), (["--eta", "2"], "must be at most 1"),
     (["--classes", "3,,5"], "--classes 3,,5"), (["--stage", "decoder"], "ae.pt is missing"),
     (["--stage", "dit"], "ae.pt is missing"), (["--export", "a.npz"], "go with --sample"),
@@ -809,6 +810,46 @@ def test_clips_that_are_too_short(tmp_path, monkeypatch, capsys):
     np.savez("clips.npz", videos=np.zeros((20, 3, 8, 8, 3), np.uint8), labels=np.arange(20) % 2)
     words = argv("vitok", frames=4, model="12x1x2-12x2x2/2x4", data="npz:clips.npz")
     assert "clips.npz" in refused(capsys, *words)
+
+
+def folder_of(where, sides, write):
+    """PATH/CLASS/NUMBER.png of two classes, one file a side, by `write(path, side)`."""
+    for k, side in enumerate(sides):
+        path = where / "ab"[k % 2] / f"{k:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, side)
+    return f"folder:{where}"
+
+
+def check_folders(where, write, capsys):
+    words = argv("vitok", steps=1, save=1)
+    run(*words, "--data", folder_of(where / "good", [8] * 20, write), "--name", "good")
+    text = refused(capsys, *words, "--data", folder_of(where / "mixed", [8] * 9 + [12, 8, 8], write))
+    assert "mixed image sizes (3, 8, 8), (3, 12, 12)" in text and "09.png" in text
+    text = refused(capsys, *words, "--data", folder_of(where / "large", [16] * 20, write))
+    assert "(18, 3, 16, 16) where pictures of side 8 are wanted" in text
+    assert not (where / "runs/vitok/demo").exists()
+
+
+def test_folders_of_one_size_only(tmp_path, monkeypatch, capsys):
+    """Files that hold their side as text stand for pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "decoded", lambda sources, size: (
+        np.full((3, size or side, size or side), 7, np.uint8) for side in (int(path.read_text()) for path in sources)))
+    check_folders(tmp_path, lambda path, side: path.write_text(str(side)), capsys)
+
+
+@pytest.mark.optional
+def test_folders_of_pictures_of_one_size_only(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    monkeypatch.chdir(tmp_path)
+    check_folders(tmp_path, lambda path, side: Image.new("RGB", (side, side), (200, 9, 9)).save(path), capsys)
+
+
+def test_latents_are_no_pictures(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    np.savez("square.npz", latents=np.zeros((4, 3, 8, 8), np.float16), labels=np.zeros(4, int), scale=1.0)
+    assert "pictures of side 8 are wanted" in refused(capsys, *argv("vitok", data="latents:square.npz"))
 
 
 def test_latents_of_another_shape_and_another_methods_file(trained, monkeypatch, capsys):
@@ -852,11 +893,28 @@ def test_stage_two_leaves_the_encoder_and_its_average_decodes(trained):
         assert torch.equal(dit["tokenizer"][key], wanted), key
 
 
-def test_steps_given_override_every_stage():
+def test_steps_given_override_every_stage(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vitok, "load", lambda cfg, path: (path, None))      # no stage has run here
     cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--preset", "demo"])
     other = common.cli(vitok.Config, vitok.PRESETS, "", ["--preset", "demo", "--steps", "7"])
     for stage, steps in (("ae", cfg.steps_ae or cfg.steps), ("decoder", cfg.steps_decoder), ("dit", cfg.steps_dit)):
         assert vitok.begin(cfg, stage)[1].total == steps and vitok.begin(other, stage)[1].total == 7
+
+
+def test_a_stage_begins_where_the_one_before_it_ended(tmp_path, monkeypatch):
+    """ae.pt for stage decoder, for dit decoder.pt where there is one; also when the new run goes to another folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vitok, "load", lambda cfg, path: (path.name, None))
+    where = tmp_path / "runs/vitok/demo"
+    where.mkdir(parents=True)
+    (where / "ae.pt").touch()
+    assert vitok.begin(config(name="demo"), "dit")[3] == "ae.pt"
+    (where / "decoder.pt").touch()
+    (where / "dit.pt").touch()
+    for stage, earlier in (("decoder", "ae.pt"), ("dit", "decoder.pt")):
+        _, started, _, found = vitok.begin(config(name="demo"), stage)
+        assert found == earlier and started.folder.name == "demo-2"
 
 
 def test_every_preset_is_valid_and_published_counts_hold():
@@ -875,17 +933,38 @@ def test_plan_prints_the_published_figures(capsys):
     lines = dict(line.rsplit(None, 1) for line in capsys.readouterr().out.strip().split("\n"))
     lines = {name.strip(): float(value.replace(",", "")) for name, value in lines.items()}
     assert (lines["tokens"], lines["E"], lines["pixels per float"]) == (1024, 16384, 48)
-    assert round((lines["encoder MACs"] + lines["decoder MACs"]) / 1e9, 1) == 160.8
+    assert round(lines["MACs"] / 1e9, 1) == 160.8 and lines["MACs"] == lines["encoder MACs"] + lines["decoder MACs"]
+    assert lines["parameters"] == lines["encoder parameters"] + lines["decoder parameters"]
 
 
 def test_sweep_prints_a_table_and_a_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(*argv("vitok", steps=2, sweep="/4:1,2 12x1x2-12x1x2/2:1"))
+    drawn = []
+    monkeypatch.setattr(vitok, "film", lambda *args: drawn.append(args))
+    run(*argv("vitok", steps=2, sweep="12x1x2-12x1x2/2:1 /4:1,2", count=12))
     text = capsys.readouterr().out
-    assert "PSNR on log2 E" in text and "PSNR on log2 GMACs" in text
-    assert sum(line.lstrip().startswith("12x1x2-") for line in text.split("\n")) == 3
-    assert {path.name for path in (tmp_path / "runs/vitok").iterdir()} == {
-        "demo-12x1x2-12x2x2-4-c1", "demo-12x1x2-12x2x2-4-c2", "demo-12x1x2-12x1x2-2-c1"}
+    assert "PSNR on log2 E" in text and "PSNR on log2 MACs" in text
+    rows = [line.split() for line in text.split("\n") if line.lstrip().startswith("12x1x2-")]
+    assert [(row[0], *map(int, row[1:3])) for row in rows] == [
+        ("12x1x2-12x2x2/4", 1, 4), ("12x1x2-12x2x2/4", 2, 8), ("12x1x2-12x1x2/2", 1, 16)]
+    names = ["demo-12x1x2-12x2x2-4-c1", "demo-12x1x2-12x2x2-4-c2", "demo-12x1x2-12x1x2-2-c1"]
+    assert {path.name for path in (tmp_path / "runs/vitok").iterdir()} == set(names)
+    # the picture: a column of originals, then one a code, for rising E
+    ((path, x, titles, heads),) = drawn
+    assert path.name == "sweep.png" and heads == ["original", "E4 p4", "E8 p4", "E16 p2"] and len(titles) == 8
+    x = x.unflatten(0, (8, 4))
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", f"runs/vitok/{names[1]}/ae.pt"])
+    test = vitok.clips(vitok.open_split(cfg, "test", 12), np.arange(8))
+    assert torch.equal(x[:, 0], test)
+    torch.testing.assert_close(x[:, 2], vitok.load(cfg, cfg.sample)[0](test)[0].clamp(-1, 1))
+
+
+def test_pictures_of_clips_are_animated_and_of_equal_rows(tmp_path):
+    vitok.film(tmp_path / "a.png", torch.zeros(6, 3, 4, 8, 8), ["one", "two"], ["a", "b", "c"])
+    raw = (tmp_path / "a.png").read_bytes()
+    assert raw.count(b"fcTL") == 4
+    vitok.film(tmp_path / "b.png", torch.zeros(6, 3, 1, 8, 8), ["one", "two"])
+    assert b"acTL" not in (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.parametrize("name, shape", [("image", (2, 2, 2)), ("video", (2, 2, 2, 2))])
@@ -916,17 +995,37 @@ def test_export_and_decode(trained, name, shape, monkeypatch):
     assert decoded["labels"].tolist() == [0, 1, 2]
 
 
-def test_recipe_vitok_then_arflow_then_decode(trained, monkeypatch):
-    """The README's recipe at tiny size: latents out, ARFlow trained on them, its samples turned into pictures."""
-    arflow = pytest.importorskip("arflow")
-    monkeypatch.chdir(trained)
-    run("--sample", "runs/vitok/image/decoder.pt", "--export", "recipe.npz")
-    words = argv("arflow", data="latents:recipe.npz", size=2, patch=1, steps=2, name="latent")
-    common.launch(arflow.main, common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words))
-    words = ["--sample", "runs/arflow/latent/last.pt", "--count", "20"]
-    common.launch(arflow.main, common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words))
-    run("--sample", "runs/vitok/image/decoder.pt", "--decode", "runs/arflow/latent/samples/latents.npz")
-    assert np.load("runs/vitok/image/samples/decoded.npz")["images"].shape == (20, 8, 8, 3)
+def recipe():
+    """The README's command lines for latents of one's own, as (method, words)."""
+    text = (ROOT / "README.md").read_text().split("### Latents of your own")[1].split("```")[1]
+    return [(words[1].removesuffix(".py"), words[2:]) for words in map(str.split, text.strip().split("\n")[1:])]
+
+
+def test_recipe_vitok_then_arflow_then_decode(tmp_path, monkeypatch):
+    """The README's lines as they stand, with tiny models; then once more with an ARFlow that samples the very
+    latents of the training images: what comes out must be their reconstructions."""
+    import arflow
+    monkeypatch.chdir(tmp_path)
+    tiny = {"vitok": argv("vitok", size=16, channels=8, steps=2), "arflow": argv("arflow", steps=2)}
+    lines = recipe()
+    for method, words in lines:
+        module = {"vitok": vitok, "arflow": arflow}[method]
+        words = words if "--sample" in words else tiny[method] + words
+        common.launch(module.main, common.cli(module.Config, module.PRESETS, module.__doc__, words))
+    assert [method for method, _ in lines] == ["vitok", "vitok", "arflow", "arflow", "vitok"]
+    first = np.load("runs/vitok/demo/samples/decoded.npz")["images"]
+    assert first.shape == (40, 16, 16, 3)
+    found = data.open_data("latents:shapes.npz")
+    exact = found.latents(np.arange(40), np.zeros(40, bool), torch.zeros(40, 8, 4, 4))
+    monkeypatch.setattr(arflow, "sample_many", lambda model, cfg, labels: (exact, None))
+    for (_, words), module in zip(lines[3:], (arflow, vitok)):
+        common.launch(module.main, common.cli(module.Config, module.PRESETS, module.__doc__, words))
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", "runs/vitok/demo/decoder.pt"])
+    x = vitok.clips(vitok.open_split(cfg, "train", 40), np.arange(40))
+    want = common.to_uint8(vitok.load(cfg, cfg.sample)[0](x)[0][:, :, 0]).permute(0, 2, 3, 1).numpy()
+    decoded = np.load("runs/vitok/demo/samples/decoded.npz")
+    assert np.abs(decoded["images"].astype(int) - want).max() <= 1 and (decoded["images"] != first).any()
+    assert decoded["labels"].tolist() == found.labels[:40].tolist()
 
 
 @pytest.mark.parametrize("stage", ["ae", "dit"])
