@@ -1,0 +1,1516 @@
+"""DetailFlow: the invariants of the digest's section 7, the authors' own numbers, and the command line's promises.
+
+Oracles are written from the formulas (loops over tokens, patches and images), not from the code under test: the
+plain_* functions below are the paper's tokenizer, correction, transformer and sampler in their slowest form.
+"""
+
+import copy
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import detailflow
+from tests import ROOT, shared
+from tests.official import DETAILFLOW_AR, convert, detailflow_tokenizer, read_official, renamed
+from tests.tiny import argv
+
+
+def config(**changes):
+    """A small configuration: R = 16, P = 16 patches, N = 12 tokens in M = 4 groups, K = 32 codes."""
+    small = dict(size=16, patch=4, tokens=12, group=3, causal=3, codes=32, dim=4, near=5, encoder="16x2x2x24",
+                 decoder="16x2x2x20", gpt="16x2x2x24", dropout=0.0, guidance=1.0)
+    return dataclasses.replace(detailflow.Config(), **{**small, **changes})
+
+
+def awake(model, seed=0):
+    """Every parameter random and sizeable, in float64, so that nothing hides behind a zero."""
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.7 if p.ndim == 1 else 1.5 / math.sqrt(p.shape[-1]))
+    return model.double()
+
+
+def tokenizer(S=0, **changes):
+    return awake(detailflow.Tokenizer(config(**changes), S))
+
+
+def ar(**changes):
+    return awake(detailflow.AR(config(**changes), 5)).eval()
+
+
+def images(B=3, side=16, seed=1):
+    return torch.randn(B, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def uniform(*size, seed=2):
+    return torch.rand(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b, atol):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=atol, rtol=0, check_dtype=False)
+
+
+# --- The paper in its slowest form -----------------------------------------------
+
+def allowed(i, j, g, c):
+    """Sec. 2.3 and 2.9 of the digest, counted from 0: may position i look at position j?"""
+    return j <= i if i < c else j // g <= i // g
+
+
+def plain_norm(h, norm, eps, centred):
+    h = h - h.mean(-1, keepdim=True) if centred else h
+    h = h / (h.square().mean(-1, keepdim=True) + eps).sqrt()
+    return h * norm.weight + (norm.bias if centred else 0)
+
+
+def linear(x, layer):
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def plain_block(block, h, look, turn=None):
+    """One transformer block; look: bool (L, L); turn: complex (L, d/2), then in LlamaGen's form."""
+    D, llama = h.shape[-1], turn is not None
+    eps, y = 1e-5 if llama else 1e-6, []
+    for part in linear(plain_norm(h, block.norm1, eps, not llama), block.qkv).split(D, -1):
+        y.append(part.unflatten(-1, (block.heads, -1)).transpose(1, 2))
+    if llama:
+        y[:2] = [torch.view_as_real(torch.view_as_complex(a.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+                 for a in y[:2]]
+    q, k, v = y
+    score = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).exp() * look
+    mixed = score / score.sum(-1, keepdim=True) @ v
+    h = h + linear(mixed.transpose(1, 2).flatten(-2), block.out)
+    x = plain_norm(h, block.norm2, eps, not llama)
+    up = linear(x, block.up)
+    if llama:
+        gate = linear(x, block.gate)
+        return h + linear(gate * torch.sigmoid(gate) * up, block.down)
+    return h + linear(0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up ** 3))), block.down)
+
+
+def plain_encoder(e, x, z, cfg):
+    """D3 without memory: outputs of the patches and of the latents z (B, n, D)."""
+    f, side, n = cfg.patch, cfg.size // cfg.patch, z.shape[1]
+    cells = [(row, column) for row in range(side) for column in range(side)]
+    flat = [x[:, :, f * r:f * r + f, f * c:f * c + f].permute(0, 2, 3, 1).flatten(1) for r, c in cells]
+    h = torch.stack([linear(a, e.embed) + e.grid[r, c] for a, (r, c) in zip(flat, cells)], 1)
+    h, P = torch.cat([h, z.expand(len(x), -1, -1)], 1), len(cells)
+    look = torch.tensor([[j < P or i >= P and allowed(i - P, j - P, cfg.group, cfg.causal) for j in range(P + n)]
+                         for i in range(P + n)])
+    for block in e.blocks:
+        h = plain_block(block, h, look)
+    return h[:, :P], plain_norm(h[:, P:], e.norm, 1e-6, True)
+
+
+def plain_decoder(model, q, n, r):
+    """D5: the first n vectors of q (B, N, d) to images of side r."""
+    d, f, D = model.decoder, model.cfg.patch, model.decoder.mask.numel()
+    z = linear(q[:, :n], model.read) + d.positions[:n]
+    grid = F.interpolate(d.grid.permute(2, 0, 1)[None], (r // f, r // f), mode="bilinear", antialias=True,
+                         align_corners=False)[0]
+    masks = torch.stack([d.mask.reshape(D) + grid[:, i, j] for i in range(r // f) for j in range(r // f)])
+    h = torch.cat([masks.expand(len(q), -1, -1), z], 1)
+    for block in d.blocks:
+        h = plain_block(block, h, torch.ones(h.shape[1], h.shape[1], dtype=torch.bool))
+    out, x = linear(plain_norm(h, d.norm, 1e-6, True), d.head), q.new_zeros(len(q), 3, r, r)
+    for p in range(len(masks)):
+        i, j = p // (r // f) * f, p % (r // f) * f
+        x[:, :, i:i + f, j:j + f] = out[:, p].view(-1, f, f, 3).permute(0, 3, 1, 2)
+    return x
+
+
+def plain_vq(model, h):
+    """D4: vectors, ids of all codes from near to far, and the two losses of each token."""
+    u = h / h.square().sum(-1, keepdim=True).sqrt()
+    codes = model.vq.codes / model.vq.codes.square().sum(-1, keepdim=True).sqrt()
+    order = (u[:, :, None] - codes).square().sum(-1).argsort(-1)
+    e = codes[order[..., 0]]
+    return u + (e - u).detach(), order, (e - u.detach()).square().mean(-1), (e.detach() - u).square().mean(-1)
+
+
+def plain_correction(model, x, s, u):
+    """D6, the pseudo-code of Sec. 2.6 word by word: both vectors, triple (3, B, N), L_cb and L_commit (unweighted)."""
+    cfg, e, N = model.cfg, model.encoder, model.cfg.tokens
+    _, h = plain_encoder(e, x, (e.queries + e.positions)[None], cfg)
+    q, order, codebook, commit = plain_vq(model, linear(h, model.quant))
+    ids = order[..., 0]
+    if s is None:
+        return q, torch.stack([ids, ids, ids]), torch.stack([codebook.mean(), commit.mean()])
+    end = s + (1 if s < cfg.causal else cfg.group)
+    wrong = torch.tensor([[order[b, t, int(u[b, t] * cfg.near)] for t in range(N)] for b in range(len(x))])
+    codes = model.vq.codes / model.vq.codes.norm(dim=1, keepdim=True)
+    prefix = torch.cat([q[:, :s], codes[wrong[:, s:end]]], 1).detach()
+    z = torch.cat([linear(prefix, model.refine), e.refined[end:].expand(len(x), -1, -1)], 1) + e.positions
+    q2, order2, codebook2, commit2 = plain_vq(model, linear(plain_encoder(e, x, z, cfg)[1], model.quant))
+    ids2, rest = order2[..., 0], N - end
+    given = torch.cat([ids[:, :s], wrong[:, s:end], ids2[:, end:]], 1)
+    label = torch.cat([ids[:, :end], ids2[:, end:]], 1)
+    losses = [a.mean() * N / (2 * N - end) + (b[:, end:].mean() * rest / (2 * N - end) if rest else 0)
+              for a, b in ((codebook, codebook2), (commit, commit2))]
+    return (torch.cat([q, torch.cat([prefix, q2[:, end:]], 1)]), torch.stack([ids, given, label]), torch.stack(losses))
+
+
+def plain_target(x, n, cfg):
+    """D2 by loops: means over cells [floor(iR/r), ceil((i+1)R/r)), then bicubic (a = -3/4) with clamped borders."""
+    R, N = cfg.size, cfg.tokens
+    if n == N:
+        return x
+    r = min(max(math.trunc(R - (R - 1) * ((N - n) / (N - 1)) ** cfg.alpha), 1), R)
+    side = max(cfg.patch, math.ceil(r / cfg.patch) * cfg.patch)
+    rows, cubic = torch.zeros(r, R).double(), torch.zeros(side, r).double()
+    for i in range(r):
+        low, high = i * R // r, -(-(i + 1) * R // r)
+        rows[i, low:high] = 1 / (high - low)
+    for i in range(side):
+        place = (i + 0.5) * r / side - 0.5
+        for j in range(math.floor(place) - 1, math.floor(place) + 3):
+            t, a = abs(place - j), -0.75
+            w = (a + 2) * t ** 3 - (a + 3) * t ** 2 + 1 if t <= 1 else a * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
+            cubic[i, min(max(j, 0), r - 1)] += w
+    both = cubic @ rows
+    return torch.einsum("ij,bcjk,lk->bcil", both, x, both)
+
+
+def plain_turn(p, g, d):
+    """D9: complex (d/2) of position p; the class, p = 0, is multiplied by zero."""
+    rates = [10_000 ** (-2 * i / (d / 2)) for i in range(d // 4)]
+    angle = torch.tensor([(p - 1) // g * w for w in rates] + [(p - 1) % g * w for w in rates]).double()
+    return torch.polar((torch.ones(d // 2) * (p > 0)).double(), angle)
+
+
+def plain_ar(model, ids, y, cfg):
+    """Logits of the input [class, z_1 .. z_c, masks, z_c+1 ..] of the known ids (B, n) alone, as long as it is."""
+    g, c, n = cfg.group, cfg.causal, ids.shape[1]
+    rows = [model.label.weight[y]] + [model.table.weight[ids[:, t]] for t in range(min(c, n))]
+    if n >= c:
+        rows += [m.expand(len(y), -1) for m in model.masks]
+    rows += [model.table.weight[ids[:, t]] for t in range(c, n)]
+    h = torch.stack(rows, 1)[:, :cfg.tokens]
+    L, d = h.shape[1], h.shape[2] // model.blocks[0].heads
+    look = torch.tensor([[allowed(i, j, g, c) for j in range(L)] for i in range(L)])
+    turn = torch.stack([plain_turn(p, g, d) for p in range(L)])
+    for block in model.blocks:
+        h = plain_block(block, h, look, turn)
+    return linear(plain_norm(h, model.norm, 1e-5, False), model.head)
+
+
+def plain_generate(model, y, u, cfg):
+    """D11: recompute everything at every step; one token from its own distribution at a time."""
+    ids, c, g, M = torch.zeros(len(y), 0, dtype=torch.long), cfg.causal, cfg.group, cfg.tokens // cfg.group
+    while ids.shape[1] < u.shape[1]:
+        i = ids.shape[1]
+        width, k = (1, 0) if i < c else (g, i // g)
+        logits, null = (plain_ar(model, ids, label, cfg)[:, -width:] for label in (y, torch.full_like(y, 5)))
+        scale = cfg.guidance * (M - k + 1) / (M + 1) if cfg.gradual and i >= c else cfg.guidance
+        p = (null + scale * (logits - null)).div(cfg.temperature).softmax(-1)
+        new = [[int(np.searchsorted(np.cumsum(p[b, t].numpy()), u[b, i + t], side="right")) for t in range(width)]
+               for b in range(len(y))]
+        ids = torch.cat([ids, torch.tensor(new)], 1)
+    return ids
+
+
+# --- The authors' numbers ----------------------------------------------------------
+
+def stored():
+    """The reference arrays that live in this repository."""
+    return read_official(ROOT / "tests/golden/detailflow.npz")
+
+
+def part(arrays, start):
+    return {name[len(start):]: value for name, value in arrays.items() if name.startswith(start)}
+
+
+def official_tokenizer():
+    """The authors' small tokenizer in float64, converted by the code for published checkpoints; its outputs."""
+    weights = part(read_official(shared("goldens", "detailflow", "08a_tokenizer_small_weights.npz")), "w/")
+    cfg = config(size=32, patch=4, tokens=16, group=4, causal=4, codes=128, dim=8, encoder="48x2x4x192",
+                 decoder="32x2x4x128")
+    model = detailflow.Tokenizer(cfg, 24)
+    model.align = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 16),
+                                      torch.nn.SiLU(), torch.nn.Linear(16, 24))
+    model.load_state_dict(detailflow_tokenizer(weights) | {"vq.use": torch.zeros(128)})
+    g = read_official(shared("goldens", "detailflow", "08b_tokenizer_small_clean.npz"))
+    return model.double(), {name: a.double() if a.is_floating_point() else a for name, a in g.items()}, cfg
+
+
+@torch.no_grad()
+def test_official_tokenizer():
+    model, g, cfg = official_tokenizer()
+    e = model.encoder
+    latent, _ = e(g["x"], (e.queries + e.positions)[None])
+    close(latent, g["latent"], 1e-12)
+    close(e(g["x"], (e.queries + e.positions)[None, :8])[0], g["latent_first8_only"], 1e-12)
+    h, _ = model.encode(g["x"])
+    close(h, g["prequant"], 1e-12)
+    q, ids, _ = model.vq(h)
+    close(q, g["quant"], 1e-12)
+    assert torch.equal(ids, g["indices"])
+    for n, _, r in g["table_t_R_dec"].tolist():
+        assert detailflow.side(n, cfg) == r
+        close(model.decode(q, n), g[f"decode_t{n:02}_res{r}"], 1e-12)
+    assert detailflow.admissible(cfg) == g["table_t_R_dec"][:, 0].tolist()
+    assert [detailflow.pixels(n, cfg) for n in detailflow.admissible(cfg)] == g["table_t_R_dec"][:, 1].tolist()
+    close(model.decode(q, 8, 16), g["decode_code_t8_res16"], 1e-12)
+    close(model.decode(q, 16), g["decode_code_default_t16_res32"], 1e-12)
+
+
+@pytest.mark.parametrize("n", [16, 8, 3])
+def test_official_losses_and_gradients(n):
+    model, g, _ = official_tokenizer()
+    weight = detailflow.weights(config(align=1.0, perceptual=0.0), 0)
+    look = lambda x: g["teacher_patch_features"].transpose(1, 2).unflatten(2, (8, 8))
+    value, terms, (ids, recon, goal) = detailflow.loss_tokenizer(model, g["x"], (n, None, None, None), weight, look)
+    close(goal, g[f"train_t{n:02}_target"], 1e-12)
+    close(recon, g[f"train_t{n:02}_rec"], 1e-12)
+    assert torch.equal(ids, g["indices"])
+    L2, codebook, commit, _, align, total = g[f"train_t{n:02}_l2_codebook_commit_entropy_align_total"]
+    ours = [terms["mse"], terms["codebook"], 0.25 * terms["commit"], terms["align"], value]
+    close(torch.stack(ours).detach(), torch.stack([L2, codebook, commit, align, total]), 1e-12)
+    value.backward()
+    names = {"encoder.latent_tokens": model.encoder.queries, "encoder.latent_pos_embed": model.encoder.positions,
+             "quant_conv.weight": model.quant.weight, "quantize.embedding.weight": model.vq.codes,
+             "post_quant_conv.weight": model.read.weight, "decoder.mask_token": model.decoder.mask,
+             "decoder.to_pixel.model.weight": model.decoder.head.weight,
+             "global_token_proj.0.weight": model.align[0].weight}
+    for name, p in names.items():
+        close(p.grad, g[f"train_t{n:02}_grad/{name}"].view(p.shape), 1e-12)
+    assert model.encoder.refined.grad is None and model.refine.weight.grad is None
+
+
+def official_ar():
+    """The authors' small AR model in float32 and its outputs; from this repository, whole."""
+    g = stored()
+    cfg = config(size=32, patch=4, tokens=16, group=4, causal=4, codes=64, gpt="48x2x4x128")
+    model = detailflow.AR(cfg, 10)
+    model.load_state_dict(renamed(part(g, "ar/w/"), DETAILFLOW_AR))
+    return model.eval(), part(g, "ar/"), cfg
+
+
+def test_official_ar_logits_loss_and_tables():
+    model, g, _ = official_ar()
+    close(model(g["z"], g["class"]).detach(), g["teacher_forced_logits"], 2e-5)
+    no = torch.zeros(3, dtype=torch.bool)
+    value = detailflow.loss_ar(model, (g["z"].expand(3, -1, -1), g["class"]), (no, no))
+    close(value.detach(), g["teacher_forced_loss"], 1e-5)
+    value.backward()
+    close(model.masks.grad, g["grad/spe_tok_embeddings.special_embeddings.weight"], 1e-5)
+    close(model.label.weight.grad, g["grad/cls_embedding.embedding_table.weight"], 1e-5)
+    assert torch.equal(model.mask, g["mask_ALLOWED"])
+    close(torch.stack([model.cos, model.sin], 2), g["freqs_cis"][:16], 1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [1.5, 3.0])
+@pytest.mark.parametrize("gradual", [False, True])
+@pytest.mark.parametrize("cached", [True, False])
+def test_official_ar_generation(scale, gradual, cached):
+    model, g, cfg = official_ar()
+    cfg = dataclasses.replace(cfg, guidance=scale, gradual=gradual, top_k=1)
+    ids = detailflow.generate(model, g["class"], torch.rand(3, 16), cfg, cached)
+    assert torch.equal(ids, g[f"argmax_cfg{scale}_gradual{int(gradual)}"].long())
+    lengths = g[f"seqlens_cfg{scale}_gradual{int(gradual)}"].tolist()
+    assert [j for _, j in detailflow.spans(16, 4, 4)] == lengths
+
+
+@torch.no_grad()
+def test_official_ar_logits_on_what_it_generated():
+    model, g, _ = official_ar()
+    ids = g["argmax_cfg1.5_gradual0"].long()
+    close(model(ids, g["class"]), g["cfg_logits_on_generated_cond"], 2e-5)
+    close(model(ids, torch.full((3,), 10)), g["cfg_logits_on_generated_uncond"], 2e-5)
+
+
+@torch.no_grad()
+def test_official_quantiser():
+    g = part(stored(), "vq/")
+    vq = detailflow.VQ(128, 8).double()
+    vq.codes.copy_(g["codes"])
+    q, ids, _ = vq(g["prequant"])
+    close(q, g["quant"], 1e-12)
+    assert torch.equal(ids, g["indices"])
+
+
+def checkpoint(path, cfg, **state):
+    """A file as a run writes it."""
+    torch.save({"method": "detailflow", "config": dataclasses.asdict(cfg), "step": 0, "sums": {}, "count": 0,
+                "state": {name: module.state_dict() for name, module in state.items()}}, path)
+
+
+def test_official_ar_checkpoint_joins_a_tokenizer(tmp_path):
+    torch.save(part(stored(), "ar/w/"), tmp_path / "official.pt")
+    cfg = config(tokens=16, group=4, causal=4, codes=64)
+    checkpoint(tmp_path / "tokenizer.pt", cfg, tokenizer=detailflow.Tokenizer(cfg))
+    given = {"gpt": "48x2x4x128", "tokenizer": str(tmp_path / "tokenizer.pt")}
+    convert("detailflow", tmp_path / "official.pt", tmp_path / "ours.pt", given)
+    cfg = detailflow.Config(**common.read_checkpoint(tmp_path / "ours.pt", "detailflow")["config"])
+    (_, model), (ours, g, _) = detailflow.load(cfg, tmp_path / "ours.pt"), official_ar()
+    assert (cfg.codes, cfg.group, model.classes) == (64, 4, 10)
+    assert torch.equal(model(g["z"], g["class"]), ours(g["z"], g["class"]))
+
+
+@torch.no_grad()
+def test_official_tokenizer_checkpoint_becomes_one_that_load_reads(tmp_path):
+    weights = part(read_official(shared("goldens", "detailflow", "08a_tokenizer_small_weights.npz")), "w/")
+    torch.save({name: a for name, a in weights.items() if "global_token" not in name}, tmp_path / "official.pt")
+    given = dict(group=4, causal=4, encoder="48x2x4x192", decoder="32x2x4x128")
+    convert("detailflow", tmp_path / "official.pt", tmp_path / "ours.pt", given)
+    cfg = detailflow.Config(**common.read_checkpoint(tmp_path / "ours.pt", "detailflow")["config"])
+    (model, none), (_, g, _) = detailflow.load(cfg, tmp_path / "ours.pt"), official_tokenizer()
+    assert none is None and torch.equal(model(g["x"].float())[1][0], g["indices"])
+    close(model(g["x"].float())[0], g["quant"], 2e-5)
+
+
+# --- Section 7 of the digest ---------------------------------------------------------
+
+PAPER = config(size=256, patch=16, tokens=128, group=8, causal=8)
+# Sec. 2.1: n, Rint, dec as the official code rounds, dec as the paper's figures do
+TABLE = """1 1 16 16, 2 4 16 16, 3 6 16 16, 4 9 16 16, 5 12 16 16, 6 15 16 16, 7 18 32 16, 8 21 32 16, 16 44 48 48,
+24 67 80 64, 32 88 96 96, 40 108 112 112, 48 128 128 128, 56 147 160 144, 64 164 176 160, 72 181 192 176,
+80 196 208 192, 88 210 224 208, 96 223 224 224, 104 235 240 240, 112 244 256 240, 120 251 256 256, 128 256 256 256"""
+TABLE = [tuple(map(int, row.split())) for row in TABLE.split(",")]
+TOY = [(1, 1, 4), (2, 2, 4), (3, 3, 4), (4, 5, 8), (8, 10, 12), (12, 15, 16), (16, 20, 20), (20, 24, 24), (24, 27, 28),
+       (28, 30, 32), (32, 32, 32)]
+
+
+def test_invariant_01_resolution_law():
+    for cfg in (PAPER, config(alpha=0.5), config(alpha=1.0), config(alpha=2.0)):
+        N, R = cfg.tokens, cfg.size
+        law = [detailflow.resolution(n, cfg) for n in range(1, N + 1)]
+        assert law[0] == 1 and law[-1] == R and all(a < b for a, b in zip(law, law[1:]))
+        b = (R - 1) / (N - 1) ** cfg.alpha                              # Eq. (3)
+        close(law, [R - b * (N - n) ** cfg.alpha for n in range(1, N + 1)], 1e-9)
+        close([detailflow.tokens_for(r, cfg) for r in law], [float(n) for n in range(1, N + 1)], 1e-9 * N)
+        if cfg.alpha == 1:
+            close([b - a for a, b in zip(law, law[1:])], [(R - 1) / (N - 1)] * (N - 1), 1e-12)
+    nearest = dataclasses.replace(PAPER, rounding="nearest")
+    assert TABLE == [(n, detailflow.pixels(n, PAPER), detailflow.side(n, PAPER), detailflow.side(n, nearest))
+                     for n in detailflow.admissible(PAPER)]
+    toy = config(size=32, tokens=32, group=4, causal=4)
+    assert TOY == [(n, detailflow.pixels(n, toy), detailflow.side(n, toy)) for n in detailflow.admissible(toy)]
+
+
+def test_invariant_02_decoded_side():
+    for cfg in (PAPER, config(), config(alpha=0.5), config(alpha=2.0, causal=6), config(size=32, patch=8)):
+        sides = [detailflow.side(n, cfg) for n in detailflow.admissible(cfg)]
+        assert sides == sorted(sides) and sides[-1] == cfg.size and all(side % cfg.patch == 0 for side in sides)
+        pixels = [detailflow.pixels(n, cfg) for n in detailflow.admissible(cfg)]
+        assert all(side >= max(cfg.patch, r) for side, r in zip(sides, pixels))
+    assert detailflow.admissible(config(causal=6)) == [1, 2, 3, 4, 5, 6, 9, 12]
+
+
+def test_invariant_03_targets():
+    cfg, x = config(), images()
+    for n in detailflow.admissible(cfg):
+        goal = detailflow.degraded(x, n, cfg)
+        assert goal.shape[2:] == (detailflow.side(n, cfg),) * 2
+        close(goal, plain_target(x, n, cfg), 1e-12)
+        close(detailflow.degraded(torch.full_like(x, 0.3), n, cfg), torch.full_like(goal, 0.3), 1e-12)
+    assert torch.equal(detailflow.degraded(x, 12, cfg), x)
+    blurred = detailflow.degraded(x, 6, cfg)                            # R = 9, decoded at 12: no detail above 9 pixels
+    assert (blurred - F.interpolate(x, (12, 12), mode="area")).abs().max() > 0.05
+
+
+def chi_square(drawn, law):
+    """Exact support, and Pearson's statistic below its mean + 4 s.d."""
+    found = {value: drawn.count(value) for value in set(drawn)}
+    assert set(found) <= {value for value, p in law.items() if p > 0}
+    assert abs(sum(law.values()) - 1) < 1e-12
+    expected = {value: p * len(drawn) for value, p in law.items() if p > 0}
+    statistic = sum((found.get(value, 0) - e) ** 2 / e for value, e in expected.items())
+    freedom = len(expected) - 1
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom), (statistic, freedom)
+
+
+@pytest.mark.parametrize("cfg", [PAPER, config(), config(causal=6), config(group=1, causal=1, degrade=0.6)])
+def test_invariant_04_draws_of_prefix_lengths(cfg):
+    N, g, c = cfg.tokens, cfg.group, cfg.causal
+    law = dict.fromkeys(detailflow.admissible(cfg), 0.0) | {N: 1 - cfg.degrade}
+    for t in range(1, N - g + 1):
+        law[t if t <= c else math.ceil(t / g) * g] += cfg.degrade / (N - g)
+    assert cfg != PAPER or math.isclose(law[16], 0.2 * 8 / 120) and math.isclose(law[3], 0.2 / 120)
+    chi_square([detailflow.prefix_length(a, b, cfg) for a, b in uniform(20_000, 2).tolist()], law)
+    ends = [detailflow.prefix_length(a, b, cfg) for a in (0.0, cfg.degrade, 1 - 2 ** -24) for b in (0.0, 1 - 2 ** -24)]
+    last = N - g if N - g <= c else math.ceil((N - g) / g) * g
+    assert ends == [1, last, N, N, N, N]
+
+
+@pytest.mark.parametrize("cfg", [PAPER, config(), config(causal=6)])
+def test_invariant_04_draws_of_noise(cfg):
+    g, c = cfg.group, cfg.causal
+    for n in [n for n in detailflow.admissible(cfg) if n > 1]:
+        law, most = {}, n if n <= c else n - g
+        for t in range(most):
+            s = t if t < c else t // g * g
+            law[s] = law.get(s, 0) + 1 / most
+        drawn = detailflow.noise_start(uniform(3000, seed=n), n, cfg)
+        chi_square(drawn.tolist(), law)
+        edges = detailflow.noise_start(torch.tensor([0.0, 1 - 2 ** -24]), n, cfg)
+        assert edges[0] == 0 and edges[1] == max(law)
+        end = torch.tensor([s + (1 if s < c else g) for s in law])
+        assert (end <= (n if n <= c else n - g)).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c", [3, 6])
+def test_invariant_05_and_07_encoder_mask(c):
+    model, x, cfg = tokenizer(causal=c), images(2), config(causal=c)
+    e = model.encoder
+    latents = (e.queries + e.positions)[None]
+    out, memory = e(x, latents)
+    patches, z = plain_encoder(e, x, latents, cfg)
+    close(out, z, 1e-11)
+    for j in range(12):
+        changed = latents.clone()
+        changed[:, j] += torch.randn(16)
+        moved, kept = e(x, changed)
+        assert all(torch.equal(a, b) for a, b in zip(kept, memory))     # the patches never see a latent
+        difference = (moved - out).abs().amax((0, 2))
+        for i in range(12):
+            assert difference[i] > 1e-6 if allowed(i, j, 3, c) else difference[i] == 0, (i, j)
+    assert allowed(3, 5, 3, 3) and not allowed(1, 2, 3, 3) and not allowed(4, 5, 3, 6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c", [3, 6])
+def test_invariant_06_prefix_encoding(c):
+    model, x = tokenizer(causal=c), images(2)
+    whole = model.encode(x)[0]
+    for n in detailflow.admissible(model.cfg):
+        close(model.encode(x, n)[0], whole[:, :n], 1e-12)
+
+
+@torch.no_grad()
+def test_encoder_memory_is_exact():
+    model, x = tokenizer(), images(2)
+    z = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    slow, memory = model.encoder(x, z)
+    _, other = model.encoder(x, z + 1)
+    fast, again = model.encoder(x, z, other)
+    close(fast, slow, 1e-12)
+    assert len(memory) == 2 and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(memory, other, again))
+
+
+def test_invariant_08_decoder():
+    model, q = tokenizer(), images(2).flatten(1)[:, :48].view(2, 12, 4).clone().requires_grad_()
+    for n in detailflow.admissible(model.cfg):
+        x = model.decode(q, n)
+        assert x.shape == (2, 3, *[detailflow.side(n, model.cfg)] * 2)
+        close(x.detach(), plain_decoder(model, q, n, x.shape[-1]).detach(), 1e-11)
+        gradient, = torch.autograd.grad(x.square().sum(), q)
+        assert gradient[:, :n].any(2).all() and not gradient[:, n:].any()
+    with torch.no_grad():
+        order = [0, 4, 2, 3, 1, 5, 6, 7, 8, 9, 10, 11]
+        before, other = model.decode(q, 6), copy.deepcopy(model)
+        other.decoder.positions.copy_(model.decoder.positions[order])
+        close(other.decode(q[:, order], 6), before, 1e-10)
+        assert (model.decode(q[:, order], 6) - before).abs().max() > 1e-3
+
+
+def test_invariant_09_quantiser():
+    vq, h = tokenizer().vq, torch.randn(2, 20, 4, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        vq.codes *= torch.rand(32, 1) * 5 + 0.1                         # raw codes have any length
+    q, ids, losses = vq(h)
+    close(q.norm(dim=2).detach(), torch.ones(2, 20), 1e-12)
+    e = vq.codes / vq.codes.norm(dim=1, keepdim=True)
+    close(vq.values(torch.arange(32)).detach(), e.detach(), 1e-14)
+    close(q.detach(), e[ids].detach(), 1e-12)
+    for b, t in itertools.product(range(2), range(20)):
+        distance = ((h[b, t] / h[b, t].norm() - e) ** 2).sum(1)
+        assert ids[b, t] == distance.argmin()
+        assert vq.nearest(h, 5)[b, t].tolist() == distance.argsort()[:5].tolist()
+    assert vq(vq.codes[None] * 3)[1].tolist() == [[*range(32)]]
+    scaled = vq(h * torch.rand(2, 20, 1) * 100)
+    assert torch.equal(scaled[1], ids)
+    close(scaled[2].detach(), losses.detach(), 1e-12)
+    G = torch.randn_like(h)
+    gradient, = torch.autograd.grad((q * G).sum(), h)
+    for b, t in itertools.product(range(2), range(20)):
+        u = h[b, t] / h[b, t].norm()
+        close(gradient[b, t], ((G[b, t] - (G[b, t] @ u) * u) / h[b, t].norm()).detach(), 1e-12)
+    assert not torch.autograd.grad((vq(h)[0] * G).sum(), vq.codes, allow_unused=True)[0]    # straight through
+
+
+def test_quantiser_never_computes_in_bf16():
+    torch.manual_seed(0)
+    vq, h = detailflow.VQ(512, 4), torch.randn(2, 50, 4).bfloat16()
+    close(vq.codes.norm(dim=1).detach(), torch.ones(512), 1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        q, ids, losses = vq(h)
+    assert q.dtype == losses.dtype == torch.float32 and torch.equal(ids, vq(h.float())[1])
+
+
+def test_invariant_10_commitment_is_a_quarter_with_another_route():
+    model, h = tokenizer(), torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)
+    codebook, commit = model.vq(h)[2].mean((1, 2))
+    weight = detailflow.weights(config(), 0)
+    assert weight["commit"] * commit == 0.25 * (weight["codebook"] * codebook) > 0
+    for term, (to_code, to_latent) in ((codebook, (True, False)), (commit, (False, True))):
+        found = torch.autograd.grad(term, (model.vq.codes, h), retain_graph=True, allow_unused=True)
+        assert [g is not None and bool(g.any()) for g in found] == [to_code, to_latent]
+
+
+STARTS = [(3, s) for s in (0, 2, 3, 6, 9)] + [(6, s) for s in (4, 5, 6, 9)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c, s", STARTS)
+def test_invariant_11_triples(c, s):
+    model, x, u = tokenizer(causal=c), images(4), uniform(4, 12)
+    q, (clean, given, label), losses = model(x, s, u)
+    end, h = s + (1 if s < c else 3), model.encode(x)[0]
+    assert torch.equal(given[:, :s], clean[:, :s]) and torch.equal(label[:, :end], clean[:, :end])
+    assert torch.equal(given[:, end:], label[:, end:]) and len(q) == 8
+    near = model.vq.nearest(h, 5)
+    assert (given[:, s:end, None] == near[:, s:end]).any(2).all() and (given[:, s:end] != clean[:, s:end]).any()
+    assert end > 9 or (label[:, end:] != clean[:, end:]).any()          # the encoder ran again: codes differ
+    plain, ids, _ = model(x)
+    assert torch.equal(q[:4], plain) and torch.equal(ids, clean.expand(3, -1, -1))
+    assert torch.equal(model.decode(q, 9)[:4], model.decode(torch.cat([plain, plain]), 9)[:4])
+    close(q[4:], model.vq.values(given), 1e-12)                         # what is decoded is what the AR model reads
+    vectors, triple, total = plain_correction(model, x, s, u)
+    assert torch.equal(triple, torch.stack([clean, given, label]))
+    close(q, vectors, 1e-10)
+    close(losses, total, 1e-11)
+
+
+@torch.no_grad()
+def test_noise_is_uniform_among_the_nearest():
+    model, x = tokenizer(), images(1).repeat(4000, 1, 1, 1)
+    model.encoder.blocks, model.cfg = model.encoder.blocks[:0], config(near=4)
+    _, (_, given, _), _ = model(x, 0, uniform(4000, 12))
+    near = model.vq.nearest(model.encode(x[:1])[0], 4)[0, 0].tolist()
+    chi_square(given[:, 0].tolist(), dict.fromkeys(near, 0.25))
+
+
+@torch.no_grad()
+def test_each_image_may_have_its_own_noise():
+    model, x, u = tokenizer(), images(4), uniform(4, 12)
+    s = torch.tensor([0, 2, 6, 9])
+    q, triples, losses = model(x, s, u)
+    total, tokens = torch.zeros(2), 0
+    for b in range(4):
+        one, three, part = model(x[b:b + 1], int(s[b]), u[b:b + 1])
+        assert torch.equal(three[:, 0], triples[:, b])
+        close(q[[b, b + 4]], one, 1e-11)
+        count = 24 - int(s[b]) - (1 if s[b] < 3 else 3)
+        total, tokens = total + part * count, tokens + count
+    close(losses, total / tokens, 1e-11)
+
+
+def passes(model):
+    """A list that takes (vectors, ids, losses) of each call of the codebook."""
+    seen = []
+    model.vq.register_forward_hook(lambda m, args, out: seen.append(out))
+    return seen
+
+
+@pytest.mark.parametrize("c, s", STARTS)
+def test_invariant_12_where_gradients_stop(c, s):
+    model, x, end = tokenizer(causal=c), images(2), s + (1 if s < c else 3)
+    seen = passes(model)
+    q, _, _ = model(x, s, uniform(2, 12))
+    second = (model.decode(q, 12)[2:] - x).square().mean()
+    first, refined, refine = torch.autograd.grad(
+        second, (seen[0][0], model.encoder.refined, model.refine.weight), allow_unused=True, retain_graph=True)
+    assert first is None or not first.any()
+    assert not refined[:end].any() and refined[end:].any(1).all() if end < 12 else refined is None or not refined.any()
+    assert end == 12 or refine.any()
+    if end < 12:                                                        # ordinary queries reach it only by the codes
+        queries, = torch.autograd.grad(second, model.encoder.queries, allow_unused=True, retain_graph=True)
+        assert queries is None or not queries.any()
+        late, = torch.autograd.grad(second, seen[1][0])
+        assert late[:, end:].any(2).all() and not late[:, :end].any()
+
+
+def test_invariant_12_refined_queries_rest_without_correction():
+    model, x = tokenizer(), images(2)
+    detailflow.loss_tokenizer(model, x, (12, None, None, None), detailflow.weights(config(align=0.0), 0))[0].backward()
+    assert model.encoder.refined.grad is None and model.refine.weight.grad is None and model.encoder.queries.grad.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c, s", STARTS)
+def test_invariant_13_mix_of_the_vq_losses(c, s):
+    model, end, N = tokenizer(causal=c), s + (1 if s < c else 3), 12
+    seen = passes(model)
+    _, _, losses = model(images(2), s, uniform(2, 12))
+    (_, _, first), (_, _, second) = seen
+    a, b = N / (2 * N - end), (N - end) / (2 * N - end)
+    assert abs(a + b - 1) < 1e-15
+    late = second[:, :, end:].mean((1, 2)) if end < N else 0            # never on the prefix again
+    close(losses, a * first.mean((1, 2)) + b * late, 1e-12)
+
+
+@torch.no_grad()
+def test_invariant_14_ar_input():
+    for changes in (dict(), dict(causal=6), dict(group=1, causal=1), dict(group=4, causal=8)):
+        cfg, model = config(**changes), ar(**changes)
+        ids, y = torch.randint(32, (2, 12)), torch.tensor([4, 0])
+        rows, g, c = model.inputs(ids, y), cfg.group, cfg.causal
+        z = model.table.weight[ids]
+        expected = [model.label.weight[y]] + [z[:, t] for t in range(c)] + [m.expand(2, -1) for m in model.masks]
+        expected += [z[:, t] for t in range(c, 12 - g)]
+        close(rows, torch.stack(expected, 1)[:, :12], 1e-14)
+        assert rows.shape == (2, 12, 16) and model(ids, y).shape == (2, 12, 32) and len(model.masks) == g - 1
+        assert model.mask.tolist() == [[allowed(i, j, g, c) for j in range(12)] for i in range(12)]
+        close(model(ids, y), plain_ar(model, ids[:, :12 - g], y, cfg), 2e-5)
+    one = ar(group=1, causal=1)
+    assert torch.equal(one.mask, torch.ones(12, 12).tril().bool())
+    close(one.inputs(ids, y), torch.cat([one.label.weight[y][:, None], one.table.weight[ids[:, :-1]]], 1), 1e-14)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c", [3, 6])
+def test_invariant_15_ar_causality(c):
+    model, y = ar(causal=c), torch.tensor([1, 3])
+    ids = torch.randint(32, (2, 12), generator=torch.Generator().manual_seed(1))
+    before = model(ids, y)
+    for t in range(12):
+        changed = ids.clone()
+        changed[:, t] = (ids[:, t] + 7) % 32
+        moved = (model(changed, y) - before).abs().amax((0, 2))
+        for p in range(12):                                             # 0-based: which logits know token t
+            knows = t < p if p < c else t // 3 < p // 3
+            assert moved[p] > 1e-7 if knows else moved[p] == 0, (t, p)
+    assert (model(ids, y.flip(0)) - before).abs().amax((0, 2)).min() > 1e-4
+
+
+def recorded(model, monkeypatch):
+    """Lists of (cond + null) logits of every call of a model, and of what is sampled from."""
+    calls, guided = [], []
+    forward, filtered = model.go_on, detailflow.filtered
+
+    def go_on(*args):
+        calls.append(forward(*args))
+        return calls[-1]
+    monkeypatch.setattr(model, "go_on", go_on)
+    monkeypatch.setattr(detailflow, "filtered", lambda logits, cfg: guided.append(logits) or filtered(logits, cfg))
+    return calls, guided
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("c", [3, 6])
+def test_invariant_16_cache_and_teacher_forcing(c, monkeypatch):
+    y, u = torch.tensor([0, 4, 2]), uniform(3, 12)
+    for double, atol in ((True, 1e-12), (False, 2e-5)):
+        model, cfg = ar(causal=c), config(causal=c, guidance=2.0)
+        model = model if double else model.float()
+        with monkeypatch.context() as patch:
+            calls, _ = recorded(model, patch)
+            ids = detailflow.generate(model, y, u, cfg)
+        cached = torch.cat(calls, 1)
+        whole = torch.cat([model(ids, y), model(ids, torch.full((3,), 5))])
+        close(cached, whole, atol)
+        assert torch.equal(ids, detailflow.generate(model, y, u, cfg, cached=False))
+        greedy = dataclasses.replace(cfg, top_k=1)
+        first, second = (detailflow.generate(model, y, u, greedy, cached) for cached in (True, False))
+        assert torch.equal(first, second) and not torch.equal(first, ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [dict(), dict(guidance=2.5), dict(guidance=2.5, gradual=True),
+                                     dict(causal=6, guidance=3.0, gradual=True), dict(group=1, causal=1, guidance=1.5),
+                                     dict(temperature=0.5, group=4, causal=8)])
+def test_generation_equals_the_plain_loop(changes):
+    model, cfg, y, u = ar(**changes), config(**changes), torch.tensor([0, 4, 2]), uniform(3, 12)
+    ids = detailflow.generate(model, y, u, cfg)
+    assert torch.equal(ids, plain_generate(model, y, u, cfg))
+    for n in detailflow.admissible(cfg):                                # stopping early is a prefix
+        assert torch.equal(detailflow.generate(model, y, u[:, :n], cfg), ids[:, :n])
+
+
+@torch.no_grad()
+def test_invariant_17_steps(monkeypatch):
+    for N, g, steps in ((128, 8, 23), (256, 8, 39), (512, 8, 71), (256, 16, 31), (128, 4, 35), (128, 1, 128)):
+        spans = detailflow.spans(N, g, g)
+        assert len(spans) == steps == g + N // g - 1
+        assert [j for _, j in spans[:-1]] == [i for i, _ in spans[1:]] and spans[0][0] == 0 and spans[-1][1] == N
+    assert detailflow.spans(12, 3, 6) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 9), (9, 12)]
+    assert detailflow.spans(2, 3, 6) == [(0, 1), (1, 2)]
+    for cached, positions in ((True, [1, 1, 1, 3, 3, 3]), (False, [12] * 6)):
+        model = ar()
+        with monkeypatch.context() as patch:
+            calls, _ = recorded(model, patch)
+            detailflow.generate(model, torch.tensor([0]), uniform(1, 12), config(), cached)
+        assert [call.shape[1] for call in calls] == positions
+
+
+def test_invariant_18_initial_cross_entropy():
+    torch.manual_seed(0)
+    for K, expected in ((8192, 9.0109), (32, math.log(32))):
+        model = detailflow.AR(config(codes=K), 5).double()
+        no, ids = torch.zeros(2, dtype=torch.bool), torch.randint(K, (3, 2, 12))
+        value = detailflow.loss_ar(model, (ids, torch.tensor([1, 2])), (no, no)).item()
+        assert abs(value - math.log(K)) < 1e-6 and abs(value - expected) < 1e-4
+        assert not model.head.weight.any() and abs(model.table.weight.std().item() - 0.02) < 2e-3
+        assert model.head.bias is None and not any("bias" in name for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+def test_invariant_19_guidance_by_value(monkeypatch):
+    y, u, M = torch.tensor([0, 4, 2]), uniform(3, 12), 4
+    assert len(ar().label.weight) == 6 and len(ar(label_drop=0.0).label.weight) == 5
+    for s, gradual in itertools.product((0.0, 1.0, 2.5), (False, True)):
+        model = ar()
+        with monkeypatch.context() as patch:
+            _, guided = recorded(model, patch)
+            ids = detailflow.generate(model, y, u, config(guidance=s, gradual=gradual))
+        cond, null = model(ids, y), model(ids, torch.full((3,), 5))     # row 5, the number of classes, is null
+        for step, (i, j) in enumerate([(0, 1), (1, 2), (2, 3), (3, 6), (6, 9), (9, 12)]):
+            scale = s * (M - i // 3 + 1) / (M + 1) if gradual and i >= 3 else s
+            if s == 1:                                                  # without a null pass nothing can be gradual
+                scale = 1.0
+            expected = null[:, i:j] + scale * (cond[:, i:j] - null[:, i:j])
+            close(guided[step], expected.flatten(0, 1), 1e-11)
+
+
+def alignment(model, x, look):
+    weight = detailflow.weights(config(align=1.0, perceptual=0.0, gan=0.0), 0)
+    return detailflow.loss_tokenizer(model, x, (12, 2, uniform(len(x), 12), None), weight, look)[1]["align"]
+
+
+@torch.no_grad()
+def test_invariant_20_alignment():
+    model, x = tokenizer(5), images()
+    maps = torch.randn(3, 5, 2, 3, dtype=torch.float64)
+    value = alignment(model, x, lambda x: maps)
+    q = model(x)[0]
+    expected = -F.cosine_similarity(model.align(q[:, 0]), maps.mean((2, 3)), dim=1).mean()
+    close(value, expected, 1e-11)
+    assert -1 <= value <= 1
+    close(alignment(model, x, lambda x: 7 * maps), value, 1e-11)
+    scaled = copy.deepcopy(model)
+    scaled.align[4].weight *= 3
+    scaled.align[4].bias *= 3
+    close(alignment(scaled, x, lambda x: maps), value, 1e-11)
+    close(alignment(model, x, lambda x: 0.1 * model.align(q[:, 0])[..., None, None]), -1.0, 1e-11)
+    assert [type(layer).__name__ for layer in model.align] == ["Linear", "SiLU", "Linear", "SiLU", "Linear"]
+    assert [layer.out_features for layer in model.align[::2]] == [1024, 1024, 5]
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def preset(name):
+    return dataclasses.replace(detailflow.Config(), **{"preset": name, **detailflow.PRESETS[name]})
+
+
+@pytest.mark.parametrize("name, N, encoder, total", [
+    ("DetailFlow-16", 128, 184_499_520, 270_533_832), ("DetailFlow-32", 256, 184_941_888, None),
+    ("DetailFlow-64", 512, 185_826_624, None), ("DetailFlow-16x16", 256, 184_941_888, None)])
+def test_invariant_21_published_tokenizer_sizes(name, N, encoder, total):
+    cfg = preset(name)
+    assert (cfg.tokens, cfg.size, cfg.codes, cfg.dim, cfg.patch) == (N, 256, 8192, 8, 16)
+    with torch.device("meta"):
+        model = detailflow.Tokenizer(cfg)
+        align = detailflow.Tokenizer(cfg, 1152).align
+    assert count(model.encoder) == encoder and count(align) == 2_239_616
+    assert count(model.encoder.blocks[0]) == 15_239_504 and count(model.decoder.blocks[0]) == 7_087_872
+    assert [count(part) for part in (model.quant, model.read, model.refine, model.vq)] == [9_224, 6_912, 10_368, 65_536]
+    assert count(model.decoder) == 85_942_272 + (N - 128) * 768
+    assert total in (None, count(model))
+    for half, heads in ((model.encoder, 16), (model.decoder, 12)):
+        assert len(half.blocks) == 12 and half.blocks[0].heads == heads
+
+
+@pytest.mark.parametrize("name, size", [("DetailFlow-16", 326_140_928), ("DetailFlow-16-L", 326_140_928),
+                                        ("DetailFlow-16-B", 98_310_912), ("DetailFlow-16-XL", 753_736_960),
+                                        ("DetailFlow-16-XXL", 1_385_817_600)])
+def test_invariant_21_published_ar_sizes(name, size):
+    cfg = preset(name)
+    with torch.device("meta"):
+        model = detailflow.AR(cfg, 1000)
+    assert count(model) == size and len(model.label.weight) == 1001
+    heads = {"B": 12, "L": 16, "XL": 20, "XXL": 24}[name.removeprefix("DetailFlow-16").strip("-") or "L"]
+    assert model.blocks[0].heads == heads and model.norm.eps == 1e-5
+
+
+def test_invariant_22_patches_and_grid():
+    x = images(2, side=12)
+    u = detailflow.patchify(x, 4)
+    assert torch.equal(detailflow.unpatchify(u, 4), x) and u.shape == (2, 9, 48)
+    for row, column, i, j, c in itertools.product(range(3), range(3), range(4), range(4), range(3)):
+        assert torch.equal(u[:, 3 * row + column, 12 * i + 3 * j + c], x[:, c, 4 * row + i, 4 * column + j])
+    grid = torch.randn(4, 4, 7)
+    close(detailflow.resized(grid, 4), grid.flatten(0, 1), 1e-6)
+    assert detailflow.resized(grid, 3).shape == (9, 7)
+
+
+def test_invariant_23_rotary():
+    N, g, d = 21, 4, 16
+    cos, sin = (a.double() for a in detailflow.rotary(N, g, d))
+    for p in range(N):
+        close(torch.complex(cos[p], sin[p]), plain_turn(p, g, d), 2e-6)
+    q, k = torch.randn(2, 1, 1, 1, d, dtype=torch.float64).expand(-1, 1, 1, N, d)
+    a, b = (detailflow.rotate(x, cos, sin)[0, 0] for x in (q, k))
+    close(a.norm(dim=1)[1:], q[0, 0].norm(dim=1)[1:], 1e-6)
+    assert not a[0].any() and not b[0].any()
+    products, seen = a @ b.T, {}
+    for i, j in itertools.product(range(1, N), range(1, N)):
+        step = (i - 1) // g - (j - 1) // g, (i - 1) % g - (j - 1) % g
+        seen.setdefault(step, []).append(products[i, j].item())
+    assert all(max(values) - min(values) < 1e-5 for values in seen.values())
+    assert len({round(values[0], 4) for values in seen.values()}) > len(seen) // 2
+
+
+# --- Training steps by hand -----------------------------------------------------------
+
+def judge():
+    """A frozen network with maps of 5 features, for any even side."""
+    torch.manual_seed(7)
+    return torch.nn.Conv2d(3, 5, 2, stride=2).double().requires_grad_(False)
+
+
+def plain_loss(model, x, n, s, u, weight, look):
+    """The sum of the tokenizer's losses without adversary (D7) and its terms, from the slow forms above."""
+    q, _, (codebook, commit) = plain_correction(model, x, s, u)
+    recon, goal = plain_decoder(model, q, n, detailflow.side(n, model.cfg)), plain_target(x, n, model.cfg)
+    goal = torch.cat([goal, goal]) if s is not None else goal
+    terms = {"mse": (recon - goal).square().mean(), "codebook": codebook, "commit": commit}
+    if weight["lpips"]:
+        a, b = (f / f.square().sum(1, keepdim=True).sqrt() for f in (look(recon), look(goal)))
+        terms["lpips"] = 0.1 * (a - b).square().sum(1).mean()
+    if weight["align"]:
+        first, feature = model.align(q[:len(x), 0]), look(x).mean((2, 3))
+        terms["align"] = -((first * feature).sum(1) / first.norm(dim=1) / feature.norm(dim=1)).mean()
+    return sum(weight[name] * term for name, term in terms.items()), terms
+
+
+@pytest.mark.parametrize("n, s", [(12, 0), (12, 6), (9, 3), (6, 2), (3, 2), (2, 0), (1, None), (12, None)])
+def test_tokenizer_step_by_hand(n, s):
+    cfg, x, u, look = config(perceptual=0.7, ramp=10, align=0.6, causal=3), images(2), uniform(2, 12), judge()
+    weight = detailflow.weights(cfg, 5)
+    assert weight == {"mse": 1, "codebook": 1, "commit": 0.25, "align": 0.6, "lpips": 0.35, "gan": 0.0}
+    model, other = tokenizer(5, causal=3), tokenizer(5, causal=3)
+    value, terms, (ids, recon, goal) = detailflow.loss_tokenizer(model, x, (n, s, u, None), weight, look)
+    expected, parts = plain_loss(other, x, n, s, u, weight, look)
+    assert terms.keys() == parts.keys() and len(goal) == len(recon) == 2 + 2 * (s is not None)
+    assert ids.shape == (2, 12) and not recon.requires_grad
+    for name in parts:
+        close(terms[name].detach(), parts[name].detach(), 1e-11)
+    value.backward()
+    expected.backward()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        a, b = (torch.zeros_like(p) if g is None else g for g in (p.grad, q.grad))
+        assert (a - b).abs().max() <= 1e-9 * (1 + b.abs().max()), name
+        assert (p.grad is None) == (q.grad is None) or not a.any(), name
+
+
+def test_adversarial_term_by_hand():
+    cfg, look = config(gan=0.3, gan_from=4, align=0.0, perceptual=0.0), judge()
+    x, u, v = images(2), uniform(2, 12), uniform(4, 10)
+    assert [detailflow.weights(cfg, step)["gan"] for step in (0, 3, 4, 5)] == [0, 0, 0.3, 0.3]
+    disc, model = awake(detailflow.Discriminator(5)), tokenizer()
+    weight = detailflow.weights(cfg, 4)
+    value, terms, (_, recon, _) = detailflow.loss_tokenizer(model, x, (12, 3, u, v), weight, look, disc)
+    logits = disc(look(torch.stack([plain_augment(a, b, 0.2, 0.5) for a, b in zip(recon, v)])))
+    close(terms["gan"].detach(), -logits.mean().detach(), 1e-11)
+    expected = terms["mse"] + terms["codebook"] + 0.25 * terms["commit"] + 0.3 * terms["gan"]
+    close(value.detach(), expected.detach(), 1e-11)
+    gradient, = torch.autograd.grad(terms["gan"], model.decoder.head.weight)
+    assert gradient.any()
+
+
+def test_schedules_of_the_losses():
+    cfg = detailflow.Config()
+    w = {step: detailflow.weights(cfg, step) for step in (0, 5000, 10_000, 39_999, 40_000, 10 ** 6)}
+    assert [w[step]["lpips"] for step in w] == [0, 0.5, 1, 1, 1, 1]
+    assert [w[step]["gan"] for step in w] == [0, 0, 0, 0, 0.2, 0.2]
+    assert all(x["mse"] == x["codebook"] == 1 and x["commit"] == 0.25 and x["align"] == 1 for x in w.values())
+    assert detailflow.weights(config(ramp=0, perceptual=0.5), 1)["lpips"] == 0.5
+
+
+def plain_augment(x, u, cut, chance):
+    """DiffAugment of one image (3, h, h): colour, a shift into a black border, a black square."""
+    h, x = x.shape[-1], x.clone()
+    if u[0] < chance:
+        x = x + u[3] - 0.5
+        grey = x.mean(0, keepdim=True)
+        x = (x - grey) * (2 * u[4]) + grey
+        x = (x - x.mean()) * (u[5] + 0.5) + x.mean()
+    if u[1] < chance:
+        m = round(h / 8)
+        down, right = (int(a * (2 * m + 1)) - m for a in u[6:8])
+        moved = torch.zeros_like(x)
+        for i, j in itertools.product(range(h), range(h)):
+            if 0 <= i + down < h and 0 <= j + right < h:
+                moved[:, i, j] = x[:, i + down, j + right]
+        x = moved
+    if u[2] < chance:
+        k = round(h * cut)
+        top, left = (int(a * (h + 1 - k % 2)) - k // 2 for a in u[8:10])
+        x[:, max(top, 0):max(top + k, 0), max(left, 0):max(left + k, 0)] = 0
+    return x
+
+
+@pytest.mark.parametrize("h, cut, chance", [(16, 0.2, 0.5), (12, 0.5, 1.0), (8, 0.2, 0.0), (4, 0.2, 1.0)])
+def test_augmentation_by_hand(h, cut, chance):
+    x, u = images(40, side=h), uniform(50, 10, seed=int(10 * chance + h))
+    expected = torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, u)])
+    close(detailflow.augment(x, u, cut, chance), expected, 1e-12)
+    if chance == 0:
+        assert torch.equal(detailflow.augment(x, u, cut, chance), x)
+    x = x.requires_grad_()
+    gradient, = torch.autograd.grad(detailflow.augment(x, u, cut, chance).square().sum(), x)
+    assert gradient.any()
+
+
+def test_discriminator_step_by_hand():
+    disc, look, v = awake(detailflow.Discriminator(5)), judge(), uniform(4, 4, 10)
+    goal, recon = images(2, seed=3), images(2, seed=4)
+    disc.means.copy_(torch.tensor([0.4, -0.3]))
+    value, means = detailflow.loss_disc(disc, look, recon, goal, v, 0.2)
+    cases = (goal, v[0], 0.2, 0.5), (recon, v[1], 0.2, 0.5), (goal, v[2], 0.5, 1.0), (recon, v[3], 0.5, 1.0)
+    real, fake, hard_real, hard_fake = (
+        disc(look(torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, w)]))).detach().flatten()
+        for x, w, cut, chance in cases)
+    over = lambda numbers: [max(0.0, float(a)) for a in numbers]
+    hinge = np.mean(over(1 - real)) / 2 + np.mean(over(1 + fake)) / 2
+    lecam = np.mean(np.square(over(real + 0.3))) + np.mean(np.square(over(0.4 - fake)))
+    even = ((hard_real - real).square().mean() + (hard_fake - fake).square().mean()) / 2
+    close(value.detach() / 100, (0.2 * (hinge + 0.001 * lecam) + 4 * even).detach() / 100, 1e-11)
+    close(means, torch.stack([real.mean(), fake.mean()]).detach(), 1e-12)
+    layers = [type(layer).__name__ for layer in disc]
+    assert layers == ["Conv2d", "LeakyReLU", "Conv2d"] and disc[1].negative_slope == 0.2
+    assert disc[0].kernel_size == disc[2].kernel_size == (1, 1) and disc[2].out_channels == 1
+
+
+def test_ar_step_by_hand():
+    model, cfg, g = ar(), config(), torch.Generator().manual_seed(3)
+    triples, y = torch.randint(32, (3, 4, 12), generator=g), torch.tensor([0, 1, 2, 3])
+    noisy, drop = torch.tensor([True, False, True, False]), torch.tensor([False, False, True, True])
+    value = detailflow.loss_ar(model, (triples, y), (noisy, drop))
+    total = 0
+    for b in range(4):
+        read, goal = (triples[1, b], triples[2, b]) if noisy[b] else (triples[0, b], triples[0, b])
+        logits = plain_ar(model, read[None, :9], torch.tensor([5 if drop[b] else int(y[b])]), cfg)[0]
+        total = total - sum(logits[p].log_softmax(0)[goal[p]] for p in range(12)) / 12
+    close(value.detach(), total.detach() / 4, 2e-6)
+    names = dict(model.named_parameters())
+    ours = torch.autograd.grad(value, names.values())
+    for name, a, b in zip(names, ours, torch.autograd.grad(total / 4, names.values())):
+        assert (a - b).abs().max() < 1e-5 and a.any(), name
+    assert not ours[list(names).index("label.weight")][[2, 4]].any()    # no sequence had these labels
+
+
+def test_dropout_has_three_places():
+    model = ar(dropout=0.5).train()
+    ids, y = torch.randint(32, (2, 12)), torch.tensor([1, 2])
+    torch.manual_seed(0)
+    rows = model.inputs(ids, y)
+    close((rows == 0).double().mean(), 0.5, 0.15)
+    seen = []
+    block = model.blocks[0]
+    block.dropout.register_forward_hook(lambda m, args, out: seen.append((out == 0).double().mean()))
+    model(ids, y)
+    assert len(seen) == 2 and all(0.3 < share < 0.7 for share in seen)  # attention's and the MLP's branch
+    assert detailflow.Config().dropout == 0.1
+
+
+# --- The loops ---------------------------------------------------------------------------
+
+def run(*words):
+    """detailflow.py with these arguments, in this process, on 40 training images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detailflow.open_split, "__defaults__", (40,))
+        cfg = common.cli(detailflow.Config, detailflow.PRESETS, detailflow.__doc__, list(words))
+        common.launch(detailflow.main, cfg)
+
+
+def tiny(**changes):
+    return argv("detailflow", **changes)
+
+
+def watched(monkeypatch, name):
+    """The list of (copies of the modules at that moment, arguments) of every call of a loss function."""
+    calls, function = [], getattr(detailflow, name)
+
+    def call(*args):
+        calls.append([copy.deepcopy(a) if isinstance(a, torch.nn.Module) else a for a in args])
+        return function(*args)
+    monkeypatch.setattr(detailflow, name, call)
+    return calls
+
+
+def clipped(model, value):
+    """Gradients by name, scaled so that their norm is at most 1; zero where there is none."""
+    names = dict(model.named_parameters())
+    found = torch.autograd.grad(value, names.values(), allow_unused=True, retain_graph=True)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in found if g is not None))
+    return {name: None if g is None else g / max(1.0, norm + 1e-6) for name, g in zip(names, found)}
+
+
+def adam_first(p, g, lr, decay=0.0, eps=1e-8):
+    """Adam's first step: both corrected means are the gradient itself."""
+    return p * (1 - lr * decay) - lr * g / (g.abs() + eps)
+
+
+def test_first_training_steps_by_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second, rival = (watched(monkeypatch, name) for name in ("loss_tokenizer", "loss_ar", "loss_disc"))
+    run(*tiny(steps=1, kmeans=0, degrade=1, lr=0.3, lr_ar=0.2, gan_from=0, dropout=0, batch_ar=6, ema=0.8, ramp=0))
+    model, x, draws, weight, look, disc = first[0]
+    value, terms, (ids, recon, goal) = detailflow.loss_tokenizer(*first[0])
+    saved = torch.load("runs/detailflow/demo/tokenizer.pt", weights_only=True)["state"]
+    lr = 0.3 * 4 / 256 * 0.1                                            # warm-up starts at a tenth of the scaled rate
+    for name, g in clipped(model, value).items():
+        p = model.get_parameter(name).detach()
+        expected = p if g is None else adam_first(p, g, lr)
+        close(saved["tokenizer"][name], expected, 2e-6)
+    rivals, means = detailflow.loss_disc(*rival[0])
+    for name, g in clipped(rival[0][0], rivals).items():
+        close(saved["disc"][name], adam_first(disc.get_parameter(name).detach(), g, lr), 2e-6)
+    close(saved["disc"]["means"], 0.001 * means, 1e-7)
+    assert rival[0][5] == weight["gan"] == 0.2 and torch.equal(rival[0][2], recon) and torch.equal(rival[0][3], goal)
+    use, picks = saved["tokenizer"]["vq.use"], torch.bincount(ids.flatten(), minlength=16)
+    close(use / use.sum(), picks / picks.sum(), 1e-6)
+    model, ((triples, y), (noisy, drop)) = second[0][0], second[0][1:]
+    assert triples.shape == (3, 6, 8) and y.shape == noisy.shape == drop.shape == (6,)
+    saved = torch.load("runs/detailflow/demo/ar.pt", weights_only=True)["state"]
+    for name, g in clipped(model, detailflow.loss_ar(*second[0])).items():
+        p = model.get_parameter(name).detach()
+        moved = adam_first(p, g, 0.2 * 0.005, decay=0.05 * (p.ndim > 1))
+        close(saved["model"][name], moved, 2e-6)
+        close(saved["ema"][name], 0.8 * p + 0.2 * moved, 2e-6)
+
+
+def test_draws_of_a_run_follow_the_schedule(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = watched(monkeypatch, "loss_tokenizer")
+    run(*tiny(stage="tokenizer", steps=40, kmeans=3, gan_from=5, ramp=10, degrade=0.6, align=0, batch=2))
+    for step, (model, x, (n, s, u, v), weight, _, _) in enumerate(calls):
+        assert model.vq.free == (step < 3) and x.shape == (2, 3, 8, 8) and n in (1, 2, 4, 6, 8)
+        assert weight["gan"] == (0.2 if step >= 5 else 0) and math.isclose(weight["lpips"], min(1, step / 10))
+        if step < 3:
+            assert n == 8 and s is None
+        else:
+            assert (s is None) == (n == 1) and (s is None or torch.as_tensor(s).numel() == 1 and s < n)
+        assert u.shape == (2, 8) and v.shape[1] == 10
+    lengths = [call[2][0] for call in calls[3:]]
+    assert {1, 2, 4, 6, 8} >= set(lengths) and len(set(lengths)) > 3 and 8 in lengths
+    assert len({float(call[2][2][0, 0]) for call in calls}) == 40       # fresh draws at every step
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    for changes, free in ((dict(degrade=0), False), (dict(correct=False), True)):
+        calls = watched(monkeypatch, "loss_tokenizer")
+        run(*tiny(stage="tokenizer", steps=6, kmeans=0, name=f"n{free}", align=0, **changes))
+        assert all((call[2][1] is None) == (free or call[2][0] == 1) for call in calls)
+        assert "degrade" not in changes or {call[2][0] for call in calls} == {8}
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+
+
+def test_ar_reads_triples_of_the_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = watched(monkeypatch, "loss_ar")
+    run(*tiny(steps=12, batch_ar=60, noisy=0.3, label_drop=0.1, align=0, gan=0, perceptual=0))
+    noisy = torch.cat([call[2][0] for call in calls]).double().mean()
+    drop = torch.cat([call[2][1] for call in calls]).double().mean()
+    assert abs(noisy - 0.3) < 0.07 and abs(drop - 0.1) < 0.05
+    wrong = torch.cat([call[1][0][1] != call[1][0][2] for call in calls], 0)
+    assert (wrong.sum(1) <= 2).all() and wrong.any()                    # one token or one group of 2 is noise
+    first = torch.cat([row.nonzero()[:1, 0] for row in wrong])
+    assert set(first.tolist()) <= {0, 1, 2, 3, 4, 5}                    # never the last group
+    calls.clear()
+    run(*tiny(steps=2, stage="ar", tokenizer="runs/detailflow/demo/tokenizer.pt", correct=False, name="plain"))
+    clean, given, label = calls[0][1][0]
+    assert torch.equal(clean, given) and torch.equal(clean, label)
+
+
+def test_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    starts, original = [], detailflow.Tokenizer.forward
+
+    def forward(self, x, s=None, u=None):
+        if torch.is_tensor(s) and s.ndim:
+            starts.extend((a.sum().item(), int(b), c.sum().item()) for a, b, c in zip(x, s, u))
+        return original(self, x, s, u)
+    monkeypatch.setattr(detailflow.Tokenizer, "forward", forward)
+    run(*tiny(steps=10, batch_ar=12, flip=False, zoom=1.0, kmeans=0, align=0, gan=0, perceptual=0))
+    assert len(starts) == 120 and len({image for image, _, _ in starts}) == len(set(starts)) <= 40
+    assert len({s for _, s, _ in starts}) > 3
+
+
+def test_learning_rates_by_value():
+    opt = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+
+    def rates(*args):
+        found = []
+        for done in (0, 0.002, 0.004, 0.05, 0.5, 1):
+            detailflow.set_rate(opt, done, *args)
+            found.append(opt.param_groups[0]["lr"])
+        return found
+    cosine = lambda t, end: end + (1 - end) * (1 + math.cos(math.pi * t)) / 2
+    close(rates(2.0, 0.004, 0.1, 0.1), [0.2, 1.1, *[2 * cosine(t, 0.1) for t in (0.004, 0.05, 0.5, 1)]], 1e-12)
+    ramp = [0.005 + 0.995 * t / 0.05 for t in (0, 0.002, 0.004)]
+    fall = [cosine((t - 0.05) / 0.95, 0.01) for t in (0.05, 0.5, 1)]
+    close(rates(1.0, 0.05, 0.005, 0.01, 0.05), [*ramp, *fall], 1e-12)
+    paper = detailflow.Config()
+    published = dict(batch=256, lr=1e-4, lr_ar=1e-4, ema=0.9999, degrade=0.2, noisy=0.3, near=50, codes=8192, dim=8,
+                     alpha=1.5, align=1.0, gan=0.2, gan_from=40_000, ramp=10_000, guidance=1.5,
+                     dropout=0.1, label_drop=0.1)
+    assert vars(paper).items() >= published.items()
+
+
+@torch.no_grad()
+def test_codes_are_renewed():
+    cfg = config(size=8, patch=4, tokens=8, group=2, causal=2, codes=6, kmeans=10)
+    torch.manual_seed(0)
+    model = awake(detailflow.Tokenizer(cfg)).float()
+    dataset = detailflow.open_split(cfg, "train", 40)
+    model.vq.use.fill_(3)
+    detailflow.renew_codes(model, dataset, cfg, 10)
+    codes = model.vq.codes.clone()
+    close(codes.norm(dim=1), torch.ones(6), 1e-5)
+    assert not model.vq.use.any()
+    everything = model.encode(dataset.pixels(np.arange(40)))[0].flatten(0, 1)
+    u = everything / everything.norm(dim=1, keepdim=True)
+    nearest = (u @ codes.T).amax(1).mean()
+    assert nearest > (u @ u[torch.randperm(len(u))[:6]].T).amax(1).mean()       # better centres than random latents
+    model.vq.use.copy_(torch.tensor([1.0, 0, 2, 0, 5, 1]))
+    detailflow.renew_codes(model, dataset, cfg, 20)
+    kept = model.vq.use.new_tensor([0, 2, 4, 5]).long()
+    assert torch.equal(model.vq.codes[kept], codes[kept]) and not torch.equal(model.vq.codes[[1, 3]], codes[[1, 3]])
+    close((u @ model.vq.codes[[1, 3]].T).amax(0), torch.ones(2), 1e-5)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    cfg = config(encoder="64x2x4x256", decoder="64x2x4x256", tokens=48, size=32)
+    model = detailflow.Tokenizer(cfg)
+    e, d = model.encoder, model.decoder
+    for p in (e.queries, e.refined, e.positions, d.positions, d.mask):
+        assert abs(p.std().item() - 0.02) < 0.005 and abs(p.mean().item()) < 0.005
+    for half in (model.encoder, model.decoder):
+        assert abs(half.grid.std().item() - 64 ** -0.5) < 0.01
+        for block in half.blocks:
+            q, k, v = block.qkv.weight.chunk(3)
+            for w in (q, k, v, block.out.weight, block.up.weight, block.down.weight):
+                bound = math.sqrt(6 / sum(w.shape))                     # Xavier-uniform, q, k and v apart
+                assert 0.97 * bound < w.abs().max() <= bound
+                assert abs(w.std().item() - bound / math.sqrt(3)) < 0.05 * bound
+            assert not block.qkv.bias.any() and not block.out.bias.any()
+        assert half.norm.eps == half.blocks[0].norm1.eps == 1e-6
+    assert abs(detailflow.AR(config(gpt="64x1x4x64", group=4, causal=4), 5).masks.std().item() - 1) < 0.2
+    wide = detailflow.Tokenizer(config(std=0.5)).encoder
+    assert abs(wide.queries.std().item() - 0.5) < 0.1 and abs(wide.grid.std().item() - 0.5) < 0.1
+
+
+def test_drawn_images():
+    cfg = config(size=8, flip=True, zoom=1.0)
+    dataset = detailflow.open_split(cfg, "train", 40)
+    flips = 0
+    for step in range(10):
+        x, index, u, once = detailflow.draw(dataset, cfg, step, "tokenizer", 8, torch.device("cpu"))
+        assert len(once) == 3 and u.shape[0] == 8
+        for image, plain in zip(x, dataset.pixels(index)):
+            assert torch.equal(image, plain) or torch.equal(image, plain.flip(-1))
+            flips += torch.equal(image, plain.flip(-1)) and not torch.equal(image, plain)
+    assert 20 < flips < 60
+    still, index, _, _ = detailflow.draw(dataset, dataclasses.replace(cfg, flip=False), 0, "ar", 8, torch.device("cpu"))
+    assert torch.equal(still, dataset.pixels(index))
+    ramp = dataclasses.replace(dataset, images=np.tile(np.arange(8, dtype=np.uint8) * 30, (40, 3, 8, 1)))
+    zoomed = dataclasses.replace(cfg, flip=False, zoom=1.25)
+    for stage, low, high in (("tokenizer", 0.8, 1.0), ("ar", 1 / 1.1, 1 / 1.1)):
+        x, _, _, _ = detailflow.draw(ramp, zoomed, 0, stage, 8, torch.device("cpu"))
+        slope = (x[:, 0, 3, 5] - x[:, 0, 3, 2]) / 3 / (30 / 127.5)      # an enlarged picture changes more slowly
+        assert slope.min() >= low - 1e-4 and slope.max() <= high + 1e-4
+        assert (slope.max() - slope.min() > 0.02) == (stage == "tokenizer")
+
+
+@torch.no_grad()
+def test_sampled_ids_follow_the_distribution():
+    model, cfg = ar(), config()
+    B = 8000
+    ids = detailflow.generate(model, torch.zeros(B, dtype=torch.long), uniform(B, 3, seed=5), cfg)
+    p = model(torch.zeros(1, 12).long(), torch.tensor([0]))[0, 0].softmax(0)
+    close(torch.bincount(ids[:, 0], minlength=32) / B, p, 0.022)
+    model.head.weight.copy_(torch.randn(32, 16).double() * 0.2)
+    # The tokens of a group are independent, each with its own law.
+    fixed = torch.full((B, 12), 0.5).double()
+    fixed[:, 3:6] = uniform(B, 3, seed=6)
+    ids = detailflow.generate(model, torch.zeros(B, dtype=torch.long), fixed[:, :6], cfg)
+    laws = model(F.pad(ids[:1, :3], (0, 9)), torch.tensor([0]))[0, 3:6].softmax(1)
+    for t in range(3):
+        close(torch.bincount(ids[:, 3 + t], minlength=32) / B, laws[t], 0.022)
+    assert (laws[0] - laws[1]).abs().max() > 0.01
+    a, b = laws[0].argmax(), laws[1].argmax()
+    together = ((ids[:, 3] == a) & (ids[:, 4] == b)).double().mean()
+    close(together, laws[0, a] * laws[1, b], 0.02)
+
+
+def test_filters_by_value():
+    p = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.4, 0.1, 0.3, 0.2]])
+    logits = p.log()
+    for changes, kept in ((dict(top_k=2), [1, 3]), (dict(top_p=0.65), [1, 3]), (dict(top_p=0.75), [1, 2, 3]),
+                          (dict(top_k=1), [1]), (dict(top_p=1e-3), [1]), (dict(top_k=9), [0, 1, 2, 3]),
+                          (dict(), [0, 1, 2, 3]),
+                          (dict(top_k=3, top_p=0.7), [1, 3])):          # 0.4 / 0.9, 0.3 / 0.9: together above 0.7
+        out = detailflow.filtered(logits, config(**changes)).softmax(1)
+        assert out[0].nonzero()[:, 0].tolist() == kept
+        close(out[0, kept], p[0, kept].double() / p[0, kept].sum(), 1e-6)
+        close(out[1], out[0, [1, 0, 3, 2]], 1e-12)
+    cold = detailflow.filtered(logits, config(temperature=0.5)).softmax(1)
+    close(cold, p.double() ** 2 / (p.double() ** 2).sum(1, keepdim=True), 1e-6)
+
+
+@pytest.mark.parametrize("cfg", [PAPER, config(), config(causal=6), dataclasses.replace(PAPER, rounding="nearest")])
+def test_keep_by_value(cfg):
+    for n in detailflow.admissible(cfg):
+        assert detailflow.kept(dataclasses.replace(cfg, keep=str(n))) == n
+    assert detailflow.kept(dataclasses.replace(cfg, keep="all")) == cfg.tokens
+    for r in {detailflow.side(n, cfg) for n in detailflow.admissible(cfg)}:     # of those drawn at r the closest R(n)
+        there = [n for n in detailflow.admissible(cfg) if detailflow.side(n, cfg) == r]
+        closest = max(there, key=lambda n: (-abs(detailflow.pixels(n, cfg) - r), n))
+        assert detailflow.kept(dataclasses.replace(cfg, keep=f"{r}px")) == closest
+
+
+# --- Command line ---------------------------------------------------------------------------
+
+BAD = """--tokens 18 -> --tokens 18: must be a multiple of --group 4
+--keep 5 -> one of [1, 2, 3, 4, 8, 12, 16]
+--keep 0 -> [1, 2, 3, 4, 8, 12, 16]
+--keep x -> --keep x
+--keep 17px -> --keep 17px
+--keep 0px -> --keep 0px
+--keep -4 -> --keep -4
+--patch 3 -> --size 16: must be a multiple of --patch 3
+--patch 0 -> --patch 0
+--label_drop 0 --guidance 2 -> null label
+--label_drop 0 -> --guidance 1
+--label_drop 2 -> --label_drop 2
+--group 0 -> --group 0
+--causal 6 -> --causal 6: must be a multiple of --group 4
+--causal 0 -> --causal
+--causal 20 -> --causal 20
+--tokens 4 -> --tokens 4
+--near 257 -> --near 257: there are only 256
+--near 0 -> --near 0
+--codes 0 -> --codes 0
+--dim 0 -> --dim 0
+--alpha 0 -> --alpha 0
+--rounding down -> invalid choice
+--encoder 96x2x4 -> WIDTHxDEPTHxHEADSxMLP
+--gpt 96x2x5x8 -> 96x2x5x8
+--decoder axbxcxd -> axbxcxd
+--encoder 96x0x4x8 -> 96x0x4x8
+--degrade 1.5 -> --degrade 1.5
+--noisy -0.1 -> --noisy -0.1
+--dropout 2 -> --dropout 2
+--ema 2 -> --ema 2
+--warmup 2 -> --warmup 2
+--top_p 0 -> --top_p 0
+--top_k -1 -> --top_k -1
+--temperature 0 -> --temperature 0
+--guidance -1 -> --guidance -1
+--zoom 0.5 -> --zoom 0.5
+--objects 5 -> --objects 5
+--gan -1 -> --gan -1
+--align -1 -> --align -1
+--perceptual nan -> --perceptual nan
+--kmeans -1 -> --kmeans -1
+--count 0 -> --count 0
+--classes a -> --classes a
+--classes 1, -> --classes 1,
+--encode x.npz -> --sample
+--decode x.npz -> --sample
+--stage what -> invalid choice
+--data npz:nowhere.npz -> nowhere.npz
+--data latents:nowhere.npz -> nowhere.npz
+--data folder:nowhere -> nowhere
+--sample nowhere.pt -> nowhere.pt
+--stage ar -> tokenizer.pt
+--stage ar --tokenizer no.pt -> no.pt
+--batch 3 --gpus 2 -> multiple of the 2
+--batch_ar 3 --batch 4 --gpus 2 -> --batch_ar 3
+--align 1 --teacher no.pt -> no.pt
+--align 1 --teacher no.pt2 -> no.pt2
+--steps 0 -> --steps 0
+--lr_ar -1 -> --lr_ar -1
+--steps_ar -1 -> --steps_ar -1
+--tokenizer no.pt -> no.pt
+--lecam 1 -> --lecam"""
+
+
+@pytest.mark.parametrize("row", BAD.split("\n"))
+def test_bad_input_is_one_line_and_exit_2(row, tmp_path, monkeypatch, capsys):
+    words, error = row.split(" -> ")[0].split(), row.split(" -> ")[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "judge", lambda data, role: pytest.fail("a judge was trained before the mistake"))
+    with pytest.raises(SystemExit) as stop:
+        run(*([] if "--steps" in words else ["--steps", "2"]), *words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and error in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a tiny finished run."""
+    where = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        run(*tiny())
+    return where / "runs" / "detailflow" / "demo"
+
+
+def test_a_run_leaves_its_folder(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"config.json", "detailflow.py", "tokenizer.pt", "ar.pt", "prefixes.png", "correction.png", "generation.png",
+            "loss-tokenizer.svg", "loss-ar.svg", "log-tokenizer.jsonl", "log-ar.jsonl"} <= names
+
+
+def stops(words, error, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and error in said and said.count("\n") == 1, said
+
+
+def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = str(trained / "tokenizer.pt")
+    before = {file: file.read_bytes() for file in trained.iterdir() if file.is_file()}
+    run("--sample", path, "--encode", "tokens.npz")
+    with np.load("tokens.npz") as file:
+        found = {name: file[name] for name in file.files}
+    cfg = detailflow.Config(**common.read_checkpoint(path, "detailflow")["config"])
+    model, _ = detailflow.load(cfg, path)
+    dataset = detailflow.open_split(cfg, "train", 40)
+    ids = model(dataset.pixels(np.arange(40)))[1][0]
+    assert np.array_equal(found["ids"], ids.numpy()) and np.array_equal(found["labels"], dataset.labels)
+    drawn, picture = [], detailflow.picture
+    monkeypatch.setattr(detailflow, "picture", lambda *args: drawn.append(args[1]) or picture(*args))
+    run("--sample", path, "--decode", "tokens.npz", "--count", "5")
+    assert [x.shape[-1] for x in drawn[0]] == [detailflow.side(n, cfg) for n in (1, 2, 4, 6, 8)]
+    for n, x in zip((1, 2, 4, 6, 8), drawn[0]):
+        close(x[:5], model.decode(model.vq.values(ids[:5]), n).detach(), 1e-5)
+    run("--sample", path, "--decode", "tokens.npz", "--keep", "4")
+    assert len(drawn[1]) == 3 and (trained / "samples" / "decoded.png").exists()
+    assert all(file.read_bytes() == data for file, data in before.items())
+    bad = {"another codebook": found | {"codebook": "0" * 16}, "no ids": found | {"ids": found["ids"] + 16},
+           "below 16": found | {"ids": found["ids"][:0]}, "[1, 2, 4, 6, 8]": found | {"ids": found["ids"][:, :5]},
+           "bad.npz": {"ids": found["ids"]}}
+    for error, arrays in bad.items():
+        np.savez("bad.npz", **arrays)
+        stops(["--sample", path, "--decode", "bad.npz"], error, capsys)
+    stops(["--sample", path, "--decode", "nowhere.npz"], "nowhere.npz", capsys)
+    stops(["--sample", path, "--decode", "tokens.npz", "--keep", "5"], "[1, 2, 4, 6, 8]", capsys)
+    np.savez("short.npz", **found | {"ids": found["ids"][:, :4]})
+    run("--sample", path, "--decode", "short.npz")
+    assert [x.shape[-1] for x in drawn[2]] == [detailflow.side(n, cfg) for n in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("words, error", [
+    (["ar.pt", "--classes", "10"], "labels are 0 to 9"), (["ar.pt", "--keep", "5"], "[1, 2, 4, 6, 8]"),
+    (["ar.pt", "--tokens", "16"], "--tokens 16"),
+    (["ar.pt", "--guidance", "-1"], "--guidance -1")])
+def test_sample_names_the_mistake(words, error, trained, capsys):
+    stops(["--sample", str(trained / words[0]), *words[1:]], error, capsys)
+
+
+def test_generation_from_a_checkpoint(trained, monkeypatch):
+    drawn, original = [], detailflow.generate
+    monkeypatch.setattr(detailflow, "generate", lambda *args: drawn.append((args, original(*args))) or drawn[-1][1])
+    cases = ([], 8), (["--classes", "6,9", "--keep", "4", "--guidance", "1"], 4), (["--keep", "8px", "--gradual"], 8)
+    for words, n in cases:
+        picture = trained / "samples" / "generation.png"
+        picture.unlink(missing_ok=True)
+        run("--sample", str(trained / "ar.pt"), "--count", "10", *words)
+        (_, y, _, cfg, *_), ids = drawn[-1]
+        assert ids.shape[1] == n and picture.exists()
+        assert y.tolist() == ([6, 9] * 5 if "--classes" in words else [*range(10)])
+    again = [drawn[0][1], original(*drawn[0][0])]
+    assert torch.equal(*again)
+    state = torch.load(trained / "ar.pt", weights_only=True)["state"]
+    assert torch.equal(drawn[0][0][0].head.weight, state["ema"]["head.weight"])         # the averaged weights draw
+    run("--sample", str(trained / "tokenizer.pt"), "--count", "4")
+    assert (trained / "samples" / "prefixes.png").exists()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(rounding="nearest", flip=False, objects=4, zoom=1.25, degrade=1, kmeans=0, std=0.5, correct=False, near=1),
+    dict(group=1, causal=1, top_k=3, temperature=0.5, guidance=1, label_drop=0, degrade=0, noisy=0, gan=0, near=16),
+    dict(group=4, causal=4, top_p=0.5, gradual=True, perceptual=0, align=0, gan=0, noisy=1, ema=0, warmup=0, bf16=True),
+    dict(causal=4, keep=4, classes="3,5", alpha=1, ema=1, warmup=1, ramp=0, gan_from=0, dropout=0.1, batch_ar=2),
+    dict(causal=8, steps_tokenizer=1, steps_ar=1, degrade=1, keep="8px", alpha=0.5, seed=-3, std=0.1, guidance=0),
+    dict(tokens=6, codes=8, dim=2, group=3, causal=3, size=16, encoder="8x2x1x4", decoder="8x2x2x4", gpt="8x2x1x4",
+         device="cpu", label_drop=1, align=0.5)])
+def test_every_option_trains(changes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*tiny(**dict(steps=2, count=4) | changes))
+    names = {path.name for path in (tmp_path / "runs/detailflow/demo").iterdir()}
+    assert {"prefixes.png", "generation.png", "ar.pt", "tokenizer.pt"} <= names
+    assert ("correction.png" in names) == changes.get("correct", True)
+
+
+def test_stages_one_by_one(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*tiny(stage="tokenizer", steps=2))
+    assert not (tmp_path / "runs/detailflow/demo/ar.pt").exists()
+    run(*tiny(stage="ar", steps=2, tokenizer=str(trained / "tokenizer.pt"), name="other"))
+    ours = torch.load("runs/detailflow/other/ar.pt", weights_only=True)["state"]["tokenizer"]
+    theirs = torch.load(trained / "tokenizer.pt", weights_only=True)["state"]["tokenizer"]
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    first = watched(monkeypatch, "loss_tokenizer")                      # starts from another run's weights
+    run(*tiny(stage="tokenizer", steps=1, tokenizer=str(trained / "tokenizer.pt"), name="third"))
+    assert torch.equal(first[0][0].encoder.queries.detach(), theirs["encoder.queries"])
+
+
+def test_images_from_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    g = np.random.default_rng(0)
+    np.savez("pack.npz", images=g.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8), labels=np.arange(20) % 3)
+    run(*tiny(steps=2, data="npz:pack.npz", count=4))
+    assert torch.load("runs/detailflow/demo/ar.pt", weights_only=True)["state"]["ema"]["label.weight"].shape[0] == 4
+    np.savez("wide.npz", images=g.integers(0, 256, (20, 4, 4, 3), dtype=np.uint8), labels=np.arange(20) % 3)
+    stops(tiny(steps=2, data="npz:wide.npz", name="x"), "4x4 pixels where 8", capsys)
+
+
+class Features(torch.nn.Module):
+    """A teacher: 7 features of each quarter of the picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 7, 2, stride=2)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_teacher_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.trace(Features(), torch.randn(4, 3, 8, 8)).save("teacher.pt")
+    run(*tiny(steps=2, gan_from=0, kmeans=0, teacher="teacher.pt", stage="tokenizer"))
+    state = torch.load("runs/detailflow/demo/tokenizer.pt", weights_only=True)["state"]
+    assert len(state["tokenizer"]["align.4.bias"]) == 7 and state["disc"]["0.weight"].shape[:2] == (7, 7)
+
+
+def test_exported_teacher_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    batch, half = torch.export.Dim("batch", min=1), torch.export.Dim("half", min=2)
+    shapes = {0: batch, 2: 2 * half, 3: 2 * half}
+    program = torch.export.export(Features(), (torch.randn(4, 3, 8, 8),), dynamic_shapes=(shapes,))
+    torch.export.save(program, "teacher.pt2")
+    run(*tiny(steps=2, gan_from=0, kmeans=0, teacher="teacher.pt2", stage="tokenizer"))
+    state = torch.load("runs/detailflow/demo/tokenizer.pt", weights_only=True)["state"]
+    assert len(state["tokenizer"]["align.4.bias"]) == 7
+
+
+def test_the_demo_that_misses_its_target_exits_with_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "is_preset", lambda cfg, presets: True)
+    for number, (error, codes, code) in enumerate(((1e9, 0, 0), (0.0, 0, 1), (1e9, 17, 1))):
+        monkeypatch.setattr(detailflow, "TARGET", dict(error=error, codes=codes, accuracy=0.0))
+        try:
+            run(*tiny(steps=1, stage="tokenizer", align=0, kmeans=0, name=f"n{number}"))
+            assert code == 0
+        except SystemExit as stop:
+            assert stop.code == code == 1
