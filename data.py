@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import os
 import pickle
 import re
@@ -37,15 +38,12 @@ CACHE = Path("runs/data")  # the CIFAR-10 archive and decoded pictures, complete
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
 
-
 class DataError(common.UserError, ValueError):
     """Data that cannot be had as asked for: one line with the path and the reason."""
-
 
 def need(condition, message):
     if not condition:
         raise DataError(message)
-
 
 @contextlib.contextmanager
 def reading(path):
@@ -57,7 +55,6 @@ def reading(path):
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"cannot be read: {error!r}"
         raise DataError(f"{path}: {reason}") from error
-
 
 @contextlib.contextmanager
 def whole(path):
@@ -71,7 +68,6 @@ def whole(path):
     finally:
         part.unlink(missing_ok=True)
 
-
 # --- Shapes: the scene ---------------------------------------------------------
 
 COLOURS = {"red": (228, 45, 45), "orange": (250, 140, 20), "yellow": (250, 220, 50), "green": (50, 180, 75),
@@ -84,13 +80,11 @@ SPLITS = {"train": 0, "judge": 5 * 10**8, "test": 10**9}  # first index of each
 ORDERS = np.array([*itertools.permutations(range(4))])    # of the quadrants
 GOLDEN = 0x9E3779B97F4A7C15
 
-
 def mix(z):
     """The finisher of splitmix64 on a uint64 array; the arithmetic wraps."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
 
 def uniform(index, field, seed=0):
     """float64 in [0, 1), a pure function of its arguments; arrays `index` and `field` broadcast."""
@@ -98,7 +92,6 @@ def uniform(index, field, seed=0):
     b = mix(np.asarray(index).astype(np.uint64) * np.uint64(GOLDEN) + a)
     step = (np.atleast_1d(field) + 1).astype(np.uint64) * np.uint64(GOLDEN)
     return (mix(b + step) >> np.uint64(40)) / 2.0**24
-
 
 def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """What images `index` (integers, (M,)) show, exactly: a dict of arrays.
@@ -130,7 +123,6 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     ground = np.array([*GROUNDS.values()])[background] + 16 * (image[3] - 0.5)
     return dict(scene, label=label[:, 0], count=count[:, 0], background=background, ground=ground)
 
-
 # --- Shapes: the picture -------------------------------------------------------
 
 def star(x, y):
@@ -141,7 +133,6 @@ def star(x, y):
         x, y = x - normal * fold, y + 0.5878 * fold
     dx, dy = 0.52 * 0.5878, 0.52 * 0.8090 - 1
     return ((y - 1.08) * dx - abs(x) * dy) / (dx * dx + dy * dy)**0.5
-
 
 # Signed distance from (x, y), y up, to each shape's edge, in units of its radius, negative inside.
 ROOT = 0.5**0.5
@@ -159,7 +150,6 @@ DISTANCE = {
     "moon": lambda x, y: np.maximum(np.sqrt(x * x + y * y) - 0.95,
                                     0.78 - np.sqrt((x - 0.42)**2 + (y - 0.12)**2)),
 }
-
 
 def draw(scene, size, frame=0):
     """Paint the scenes at one frame: uint8 (M, 3, H, W), H = W = size."""
@@ -181,7 +171,6 @@ def draw(scene, size, frame=0):
             image[rows] = part + cover * (paint[rows, j, :, None, None] - part)
     return np.rint(image).astype(np.uint8)
 
-
 def shapes(index, size=32, objects=(1, 1), mixed=False, frames=1, seed=0):
     """Draw images `index` (integers in any order): uint8 (M, 3, H, W), or clips (M, F, 3, H, W).
 
@@ -197,20 +186,16 @@ def shapes(index, size=32, objects=(1, 1), mixed=False, frames=1, seed=0):
             clips[start:start + block, frame] = draw(scene, size, frame)
     return clips if frames > 1 else clips[:, 0]
 
-
 # --- Captions and words --------------------------------------------------------
 
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3"  # Chinese, Japanese, Korean: a character is a word
-
 
 def split_words(text):
     """Lower-case words, punctuation marks and <tags> of a text, in order."""
     return re.findall(rf"<\w+>|[{WIDE}]|[^\W{WIDE}]+|[^\w\s]", unicodedata.normalize("NFC", text).lower())
 
-
 WORDS = [*dict.fromkeys(split_words(" ".join(
     ["a in the , and on background moving", *SIZES, *COLOURS, *SHAPES, *PLACES, *GROUNDS, *DIRECTIONS])))]
-
 
 class Vocabulary:
     """Words and their ids: 0 padding, 1 start, 2 end, 3 unknown, then the words given (those of captions)."""
@@ -226,7 +211,6 @@ class Vocabulary:
         """The text up to the first <end>, with spaces as its script wants them."""
         text = " ".join(self.words[i] for i in itertools.takewhile(lambda i: i != 2, ids) if i > 1)
         return re.sub(rf"(?<=[{WIDE}]) (?=[{WIDE}])| (?=,)|(?<= -) | (?=- )", "", text)
-
 
 def captions(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """One sentence an image, from the scene and never from pixels: a list of str, of words in WORDS."""
@@ -244,13 +228,11 @@ def captions(index, objects=(1, 1), mixed=False, frames=1, seed=0):
         sentences.append(f"{', '.join(parts)} on a {[*GROUNDS][scene['background'][i]]} background")
     return sentences
 
-
 def caption_ids(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """The same as integers (M, 17): size, colour, shape, place of objects 0..3 (-1: none), the background."""
     scene = scenes(index, objects, mixed, frames, seed)
     each = np.stack([scene[key] for key in ("size", "colour", "shape", "place")], 2)
     return np.concatenate([each.reshape(len(each), 16), scene["background"][:, None]], 1)
-
 
 # --- A data set ----------------------------------------------------------------
 
@@ -305,7 +287,6 @@ class Data:
             z = z + torch.exp(chosen(self.logvar, self.logvar_flip).clamp(-30, 20) / 2) * noise
         return self.scale * z
 
-
 def open_data(spec, split="train", size=32, objects=(1, 1), mixed=False, frames=1, count=20000):
     """Open the data set that `spec` names (see the top of this file): Data.
 
@@ -330,7 +311,6 @@ def open_data(spec, split="train", size=32, objects=(1, 1), mixed=False, frames=
          f"{path}: images are {width}x{height} pixels where {size or 'equal sides'} is asked for")
     return data
 
-
 # --- Packs: npz files, CIFAR-10 as published -----------------------------------
 
 def fetch(url, md5):
@@ -348,7 +328,6 @@ def fetch(url, md5):
                  "a copy from elsewhere is read as cifar10:PATH")
     return path
 
-
 class ArraysOnly(pickle.Unpickler):
     """Loads pickled containers of numbers, strings and arrays; refuses all else that a pickle could run."""
 
@@ -357,7 +336,6 @@ class ArraysOnly(pickle.Unpickler):
             return np.empty(0).__reduce__()[0]
         need(module == "numpy" and name in ("ndarray", "dtype"), f"unsafe pickle: {module}.{name}")
         return getattr(np, name)
-
 
 def batches(path):
     """CIFAR-10 from the published archive or its folder, as the arrays of a pack."""
@@ -374,7 +352,6 @@ def batches(path):
             pack[part + "_labels"] = np.concatenate([batch[b"labels"] for batch in read])
     return pack
 
-
 def arrays(path):
     """The arrays of an npz file, of a folder of .npy files (memory-mapped), or of CIFAR-10."""
     with reading(path):
@@ -385,11 +362,9 @@ def arrays(path):
         with np.load(path) as file:
             return dict(file)
 
-
 def held_out(count, split):
     """The positions of a split in data that knows none: every tenth is test."""
     return np.flatnonzero((np.arange(count) % 10 == 9) == (split == "test"))
-
 
 def open_pack(path, split, size, frames):
     """`images` (M, H, W[, C]) or `videos` (M, F, H, W, C), uint8, C = 1 or 3; optional labels, captions and
@@ -418,7 +393,6 @@ def open_pack(path, split, size, frames):
     texts = texts[rows].tolist() if own + "captions" in pack else None
     return Data(images[rows], labels[rows], pack.get("class_names"), texts, str(path))
 
-
 def open_latents(path, split, size, frames):
     """`latents` (M, C, h, w) or (M, C, t, h, w), labels; optional logvar, latents_flip, logvar_flip of that
     shape, class_names and a scalar scale."""
@@ -430,7 +404,6 @@ def open_latents(path, split, size, frames):
          f"{path}: logvar, latents_flip, logvar_flip must have the shape of latents, {mean.shape}")
     scale = float(pack.get("scale", 1))
     return Data(mean, pack["labels"], pack.get("class_names"), None, str(path), True, *others, scale)
-
 
 # --- Folders of pictures -------------------------------------------------------
 
@@ -446,7 +419,6 @@ def open_folder(path, split, size, frames):
     files = [files[i] for i in rows]
     images = packed(root.name, (root, size, split == "test"), files, files, size)
     return Data(images, labels[rows], classes, None, str(path))
-
 
 def packed(name, key, files, sources, size):
     """The pictures in `sources` as one memory-mapped array (M, 3, H, W), decoded once into a file of CACHE.
@@ -465,12 +437,11 @@ def packed(name, key, files, sources, size):
                     shape = image.shape
                     header = {"descr": "|u1", "fortran_order": False, "shape": (len(sources), *shape)}
                     np.lib.format.write_array_header_1_0(out, header)
-                need(image.shape == shape, f"{source}: mixed image sizes {shape}, {image.shape}: give a size")
+                need(image.shape == shape, f"{source}: mixed image sizes {shape}, {image.shape}: scale them")
                 out.write(image.tobytes())
         for old in set(CACHE.glob(f"{name}-{what}-*.npy")) - {path}:
             old.unlink()
     return np.load(path, mmap_mode="r")
-
 
 def decoded(sources, size):
     """Yield pictures as uint8 RGB (3, H, W); unless size is 0, scaled and the centre cut out."""
@@ -488,29 +459,30 @@ def decoded(sources, size):
         for start in range(0, len(sources), 256):
             yield from pool.map(picture, sources[start:start + 256])
 
-
 # --- Text: WordPiece and GLUE --------------------------------------------------
 
 HAN = ("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
        "\U0002f800-\U0002fa1f]")
 
-
 @functools.lru_cache(maxsize=None)
-def spaced(char):
-    """BERT's view of a character: Chinese ones and punctuation stand alone, accents and controls vanish."""
+def spaced(char, cased):
+    """BERT's view of a character: Chinese, punctuation stand alone; controls vanish, accents unless cased."""
     kind = unicodedata.category(char)
-    if char == "\ufffd" or kind in ("Cc", "Cf", "Mn") and char not in "\t\n\r":
+    if char == "\ufffd" or kind in ("Cc", "Cf", "Mn")[:3 - cased] and char not in "\t\n\r":
         return ""
     alone = re.match(HAN, char) or kind[0] == "P" or "!" <= char <= "~" and not char.isalnum()
     return f" {char} " if alone else char
 
-
 class WordPiece:
-    """BERT's uncased tokenizer. `ids`: a token's id, its line in vocab.txt."""
-
-    def __init__(self, path):
+    """BERT's tokenizer. `ids`: a token's id, its line in vocab.txt. Whether case and accents count says
+    do_lower_case in tokenizer_config.json beside that file, or else `cased`."""
+    def __init__(self, path, cased=False):
+        about = Path(path).with_name("tokenizer_config.json")
         with reading(path):
             tokens = Path(path).read_text(encoding="utf-8").split("\n")
+        with reading(about):
+            known = json.loads(about.read_text(encoding="utf-8") if about.exists() else "{}")
+        self.cased = not known.get("do_lower_case", not cased)
         self.ids = {token: i for i, token in enumerate(tokens) if token}
         missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - self.ids.keys()
         need(not missing, f"{path}: no WordPiece vocabulary: lacks {', '.join(sorted(missing))}")
@@ -533,7 +505,8 @@ class WordPiece:
         `length` shortens (the longer text first, at its end) and pads to that many tokens."""
         bodies = []
         for body in (text,) if pair is None else (text, pair):
-            words = "".join(map(spaced, unicodedata.normalize("NFD", body.lower()))).split()
+            body = body if self.cased else unicodedata.normalize("NFD", body.lower())
+            words = "".join(spaced(char, self.cased) for char in body).split()
             bodies.append([i for word in words for i in self.pieces(word)])
         while length and sum(map(len, bodies)) + len(bodies) + 1 > length and any(bodies):
             max(reversed(bodies), key=len).pop()
@@ -543,10 +516,6 @@ class WordPiece:
             types += [kind] * (len(body) + 1)
         padding = [0] * ((length or 0) - len(ids))
         return ids + [self.ids["[PAD]"]] * len(padding), types + padding, [1] * len(ids) + padding
-
-
-wordpiece = WordPiece
-
 
 def table(path, columns):
     """The rows of a tab-separated file without quoting; row i is line i+1. DataError names a broken line."""
@@ -558,14 +527,12 @@ def table(path, columns):
              f"{path}: line {number}: {len(row)} columns where {columns} are wanted, in UTF-8")
     return rows
 
-
 GLUE = {  # columns of the file, those of the texts, that of the label; the label's values and names in order
     "SST-2": (2, (0,), 1, ("0", "1"), ["negative", "positive"]),
     "CoLA": (4, (3,), 1, ("0", "1"), ["unacceptable", "acceptable"]),
     "MRPC": (5, (3, 4), 0, ("0", "1"), ["different", "equivalent"]),
     "RTE": (4, (1, 2), 3, ("entailment", "not_entailment"), ["entailment", "not_entailment"]),
 }
-
 
 def glue(task, path, split="train"):
     """Texts (pairs of them: MRPC, RTE), labels int64 (M,) and the names of the classes.
@@ -582,7 +549,6 @@ def glue(task, path, split="train"):
         texts.append(tuple(row[k] for k in places) if len(places) > 1 else row[places[0]])
         labels.append(values.index(row[place]))
     return texts, np.array(labels), names
-
 
 # --- Text: translation ---------------------------------------------------------
 
@@ -618,7 +584,6 @@ NUMERALS = {
             (r"\+(?!tekau)(\w+)$", r" mā \1")]),
 }
 
-
 def number_words(language, n):
     """n (0..9999) in words: number_words("vi", 1015) = "một nghìn không trăm mười lăm"."""
     _, digits, *powers, rules = NUMERALS[language]
@@ -633,7 +598,6 @@ def number_words(language, n):
         text = re.sub(old, new, text)
     return text.replace("0+", "").replace("+", " ")
 
-
 @dataclass
 class Pairs:
     """Sentences and their translations as ids of one vocabulary for all languages, 0 after the end."""
@@ -642,7 +606,6 @@ class Pairs:
     direction: np.ndarray   # int64 (M,): position in directions
     directions: list        # (from, to)
     vocabulary: Vocabulary
-
 
 def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit=10000, tests=100):
     """Pairs for one model that translates between all languages: number words, or the sentences of a file.

@@ -721,7 +721,8 @@ def test_bad_folders(folder, cache, monkeypatch, tmp_path):
     assert data.open_data(f"folder:{folder}", size=0).images.shape == (18, 3, 4, 4)
     (folder / "bee" / "11.PNG").write_text("11 6")
     line = refused("mixed image sizes", data.open_data, f"folder:{folder}", size=0)
-    assert "11.PNG" in line and "(3, 4, 4), (3, 6, 6)" in line
+    assert "11.PNG" in line and "(3, 4, 4), (3, 6, 6): scale them" in line
+    assert data.open_data(f"folder:{folder}", size=4).images.shape == (18, 3, 4, 4)  # with a size the reader scales
     (tmp_path / "empty").mkdir()
     refused("empty", data.open_data, f"folder:{tmp_path / 'empty'}")
     refused("clips come in npz", data.open_data, f"folder:{folder}", size=4, frames=2)
@@ -796,7 +797,7 @@ $ 1 ##2 x hello world – i ang ##strom""".split()
 def pieces(tmp_path):
     path = tmp_path / "vocab.txt"
     path.write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
-    return data.wordpiece(path)
+    return data.WordPiece(path)
 
 
 @pytest.mark.parametrize("text,tokens", [
@@ -815,10 +816,41 @@ def test_wordpiece_hard_cases(pieces, text, tokens):
     assert types == [0] * len(ids) and mask == [1] * len(ids)
 
 
+CASED = """[PAD] [UNK] [CLS] [SEP] [MASK] The the café cafe Café É é ##é 中 国 , ! US us ##A n Ångström ß SS Paris
+e\u0301 e ##\u0301""".split()
+
+
+@pytest.mark.parametrize("text, ids", [
+    ("The the THE", [5, 6, 1]), ("café Café, cafe!", [7, 9, 15, 8, 16]), ("US us USA", [17, 18, 17, 19]),
+    ("cafe\u0301", [8, 27]), ("e\u0301 é É", [25, 11, 10]), ("éé", [11, 12]), ("CAFÉ", [1]),
+    ("中国The中", [13, 14, 5, 13]), ("\u212bngström Ångström", [1, 21]), ("ß SS", [22, 23]),
+    ("Paris,中!", [24, 15, 13, 16]), ("Pa\u200bris\u00ad \ufffd", [24]), ("[MASK]", [1, 1, 1]), ("İ", [1])])
+def test_wordpiece_of_a_cased_vocabulary(text, ids, tmp_path):
+    """No lower-casing, no stripping of accents, no composing; controls, Chinese and punctuation as ever."""
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(CASED) + "\n", encoding="utf-8")
+    assert data.WordPiece(path, cased=True).encode(text)[0] == [2, *ids, 3]
+
+
+def test_the_tokenizers_own_file_decides_about_case(tmp_path):
+    path, about = tmp_path / "bert-vocab.txt", tmp_path / "tokenizer_config.json"
+    path.write_text("\n".join(CASED) + "\n", encoding="utf-8")
+    assert data.WordPiece(path).encode("The CAFÉ")[0] == [2, 6, 8, 3]       # uncased: BERT's usual one
+    for said, cased in (("false", True), ("true", False)):
+        about.write_text(f'{{"do_lower_case": {said}, "model_max_length": 512}}')
+        for argument in (True, False):
+            words = data.WordPiece(path, cased=argument)
+            assert words.cased is cased and words.encode("The")[0] == [2, 5 if cased else 6, 3]
+    about.write_text('{"model_max_length": 512}')
+    assert data.WordPiece(path, cased=True).cased and not data.WordPiece(path).cased
+    about.write_text("{")
+    refused("tokenizer_config.json: cannot be read", data.WordPiece, path)
+
+
 def test_wordpiece_longest_word(tmp_path):
     path = tmp_path / "v.txt"
     path.write_text("[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\na\r\n##a\r\n", encoding="utf-8")
-    words = data.wordpiece(path)
+    words = data.WordPiece(path)
     assert words.encode("a" * 100)[0] == [2, 4, *[5] * 99, 3] and words.encode("a" * 101)[0] == [2, 1, 3]
 
 
@@ -835,15 +867,15 @@ def test_wordpiece_pairs_padding_and_truncation(pieces):
 
 
 def test_broken_vocabularies(tmp_path):
-    refused("absent", data.wordpiece, tmp_path / "absent")
+    refused("absent", data.WordPiece, tmp_path / "absent")
     (tmp_path / "v.txt").write_text("[PAD]\n[CLS]\nhello\n")
-    refused("lacks [SEP], [UNK]", data.wordpiece, tmp_path / "v.txt")
+    refused("lacks [SEP], [UNK]", data.WordPiece, tmp_path / "v.txt")
     (tmp_path / "v.txt").write_bytes(b"\xff\xfe\x00")
-    refused("v.txt: cannot be read", data.wordpiece, tmp_path / "v.txt")
+    refused("v.txt: cannot be read", data.WordPiece, tmp_path / "v.txt")
 
 
 def test_wordpiece_with_the_real_vocabulary():
-    words = data.wordpiece(shared("data", "weights", "bert_uncased_vocab.txt"))
+    words = data.WordPiece(shared("data", "weights", "bert_uncased_vocab.txt"))
     tokens = {i: token for token, i in words.ids.items()}
     special = [words.ids[f"[{name}]"] for name in ("PAD", "UNK", "CLS", "SEP", "MASK")]
     assert len(words.ids) == 30522 and special == [0, 100, 101, 102, 103]
