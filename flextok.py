@@ -10,7 +10,11 @@ nested dropout (the decoder sees the first k tokens, k random), the picture at e
 Run:      python flextok.py                          demo: token order of drawn shapes, generation; 3 minutes
           python flextok.py --gpus 2                 the same in two processes
           python flextok.py --preset d18-d28 --data latents:imagenet256.npz --teacher dinov2.pt2 --gpus 8
-          --sample CHECKPOINT and --classes 6 --keep 4, --prompt "a star", --encode F.npz or --decode F.npz
+          python flextok.py --sample runs/flextok/demo/ar.pt --classes 6,9 --keep 4
+          python flextok.py --sample runs/flextok/demo/tokenizer.pt --data shapes --encode tokens.npz
+          python flextok.py --sample runs/flextok/demo/tokenizer.pt --decode tokens.npz --keep 2
+          python flextok.py --name words --condition text          and then draw what a sentence asks for:
+          python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT.
           Labels F1 to F33 number the equations in the order of the method (the paper's are unknown).
 Scaled:   the demo's sizes, rates, start of the token vectors (std), number of ids, guidance: see PRESETS.
@@ -25,6 +29,7 @@ Read in this order: Encoder, FSQ, Decoder, loss_tokenizer, sample, GPT, generate
 import copy
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +64,7 @@ class Config:
     nested: Literal["pow2", "uniform"] = "pow2"         # law of the number of tokens kept (F15)
     null: float = 0.1                       # share of images decoded without tokens; paper unknown
     time: Literal["mode", "logit-normal", "uniform"] = "mode"    # law of the flow time (F21)
+    shift: float = 1.0                      # above 1: more times near noise, where an image hangs on its tokens
     max_time: float = 1000.0                # T of the time embedding (F17)
     repa: float = 1.0                       # weight of the alignment loss (F24); 0: no teacher
     repa_layer: int = 1                     # decoder block that is aligned, counted from 0
@@ -106,9 +112,9 @@ class Config:
 PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.pt2", bf16=True)
 AR, TEXT = dict(stage="ar", encoder=18, decoder=28), dict(condition="text", text="t5-xl.npy", ar_guidance=3.0)
 PRESETS = {
-    "demo": dict(size=16, channels=3, patch=4, flip=False, crop=1.0, registers=8, levels="8,5,5,5", encoder=2,
-                 decoder=2, gpt=2, head=32, std=0.5, repa_layer=0, steps=4000, steps_ar=800, batch=32,
-                 lr=3e-3, lr_ar=3e-3, warmup=0.025, ema=0.995, guidance=1.5, save=1000),
+    "demo": dict(size=12, channels=3, flip=False, crop=1.0, registers=8, levels="8,5,5,5", encoder=2, decoder=2,
+                 gpt=2, head=32, std=0.5, null=0.05, shift=8.0, repa=0.0, steps=4000, steps_ar=2000, batch=16,
+                 lr=2e-3, lr_ar=3e-3, warmup=0.025, ema=0.995, guidance=1.5, save=1000),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run
     "small": dict(data="cifar10", channels=3, registers=64, encoder=6, decoder=6, gpt=6, steps=40_000,
                   steps_ar=20_000, batch=128, ema=0.999, guidance=2.0),
@@ -120,7 +126,7 @@ TARGET = 0.11                               # error at k = R, at most; three run
 
 def parse_levels(text):
     """FSQ levels "8,8,8,5,5,5" as a tuple; UserError."""
-    fine = all(part.isdecimal() and int(part) > 1 for part in text.split(","))
+    fine = re.fullmatch(r"\d+(,\d+)*", text) and min(map(int, text.split(","))) > 1
     common.need(fine, f"--levels {text}: write numbers above 1, as 8,8,8,5,5,5")
     return tuple(map(int, text.split(",")))
 
@@ -130,7 +136,7 @@ def check(cfg):
     for names, low, high in (
             ("size channels crop patch registers encoder decoder gpt head euler count", 1, math.inf),
             ("std repa repa_layer lr_ar steps_tokenizer steps_ar top_k guidance ar_guidance", 0, math.inf),
-            ("null ar_drop warmup ema", 0, 1), ("temperature max_time", 1e-3, math.inf), ("top_p", 1e-3, 1),
+            ("null ar_drop warmup ema", 0, 1), ("temperature max_time shift", 1e-3, math.inf), ("top_p", 1e-3, 1),
             ("objects", 1, 4)):
         for name in names.split():
             value = getattr(cfg, name)
@@ -138,14 +144,18 @@ def check(cfg):
     need(cfg.head % 4 == 0, f"--head {cfg.head}: must be a multiple of 4")
     need(cfg.size % cfg.patch == 0, f"--size {cfg.size}: must be a multiple of --patch {cfg.patch}")
     need(cfg.nested != "pow2" or R & R - 1 == 0, f"--registers {R}: give a power of 2, or --nested uniform")
-    keep = int(cfg.keep) if cfg.keep.isdecimal() else R * (cfg.keep == "all")
-    need(1 <= keep <= R, f"--keep {cfg.keep}: give all, or 1 to {R}")
+    need(cfg.keep in ("all", *map(str, range(1, R + 1))), f"--keep {cfg.keep}: give all, or 1 to {R}")
     need(not cfg.repa or cfg.repa_layer < cfg.decoder, f"--repa_layer {cfg.repa_layer}: not below --decoder")
-    labels = cfg.classes == "all" or cfg.classes.replace(",", "").isdecimal()
-    need(labels, f"--classes {cfg.classes}: write all, or labels as 3,5")
+    need(re.fullmatch(r"all|\d+(,\d+)*", cfg.classes), f"--classes {cfg.classes}: all, or labels as 3,5")
     need(cfg.prompt.strip(), "--prompt: is empty; give some words")
     need(cfg.sample or not cfg.encode + cfg.decode, "--encode and --decode go with --sample CHECKPOINT")
+    need(cfg.stage != "ar" or cfg.sample or tokenizer_path(cfg).exists(), f"--stage ar: needs "
+         f"{tokenizer_path(cfg)}; --stage tokenizer with the same --preset and --name makes it")
     parse_levels(cfg.levels)
+
+def tokenizer_path(cfg):
+    """The checkpoint that stage ar builds on."""
+    return Path(cfg.tokenizer or common.folder(cfg) / "tokenizer.pt")
 
 def open_split(cfg, split, count=20_000):
     """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
@@ -161,7 +171,6 @@ def prepare(cfg):
         teacher(cfg)
 
 # --- Building blocks ---------------------------------------------------------
-
 def patchify(x, p):
     """Image (B, C, h, w) to row-major patches; inside a patch the order is row, column, channel (F2)."""
     B, C, h, w = x.shape
@@ -196,7 +205,7 @@ class Attention(nn.Module):
 
     def forward(self, h, keys=None, mask=None, causal=False):
         q = self.norm(self.wq(h).unflatten(2, (-1, self.d)).transpose(1, 2))                  # (B, H, N, d)
-        k, v = keys or self.keys(h)
+        k, v = keys or self.keys(h)                                                      # each (B, H, M, d)
         # The logit scale 8/d of muP is 1/sqrt(d) at the paper's d = 64 alone.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=8 / self.d)  # (B, H, N, d)
         return self.wo(y.transpose(1, 2).flatten(2))                                             # (B, N, D)
@@ -217,9 +226,10 @@ class Block(nn.Module):
         return h + self.mlp(self.norm(h))                                                        # (B, N, D)
 
 def affine(h, P, scale, shift):
-    """Scale and shift patches (the first P positions) and registers by vectors of their own (B, 2, 1, D)."""
-    patches = h[:, :P] * scale[:, 0] + shift[:, 0]                                               # (B, P, D)
-    registers = h[:, P:] * scale[:, 1] + shift[:, 1]                                             # (B, R, D)
+    """h (B, P+R, D) times scale (B, 2, 1, D) plus shift, two tensors; the first of either is for the patches,
+    the first P positions, the second for the registers."""
+    patches = torch.addcmul(shift[0], h[:, :P], scale[:, 0])                                     # (B, P, D)
+    registers = torch.addcmul(shift[1], h[:, P:], scale[:, 1])                                   # (B, R, D)
     return torch.cat([patches, registers], 1)                                                  # (B, P+R, D)
 
 class DecoderBlock(Block):
@@ -231,11 +241,11 @@ class DecoderBlock(Block):
     def forward(self, h, tau, P):
         # Both gates come first, then shift and scale of the attention, shift and scale of the MLP.
         m = self.modulation(F.silu(tau)).unflatten(1, (2, 6, 1, -1))                       # (B, 2, 6, 1, D)
-        gate1, gate2, shift1, scale1, shift2, scale2 = m.unbind(2)
-        y = self.attention(affine(self.norm(h), P, 1 + scale1, shift1))                          # (B, N, D)
-        h = h + affine(y, P, gate1, 0 * gate1)                                                   # (B, N, D)
-        y = self.mlp(affine(self.norm(h), P, 1 + scale2, shift2))                                # (B, N, D)
-        return h + affine(y, P, gate2, 0 * gate2)                                                # (B, N, D)
+        gate1, gate2, shift1, scale1, shift2, scale2 = m.unbind(2)                       # each (B, 2, 1, D)
+        y = self.attention(affine(self.norm(h), P, 1 + scale1, shift1.unbind(1)))                # (B, N, D)
+        h = affine(y, P, gate1, (h[:, :P], h[:, P:]))                                            # (B, N, D)
+        y = self.mlp(affine(self.norm(h), P, 1 + scale2, shift2.unbind(1)))                      # (B, N, D)
+        return affine(y, P, gate2, (h[:, :P], h[:, P:]))                                         # (B, N, D)
 
 class GPTBlock(Block):
     """The causal block, with RMSNorm, without QK-norm; for text with cross-attention (F31, F32)."""
@@ -251,14 +261,13 @@ class GPTBlock(Block):
         x = self.norm(h)                                                                         # (B, N, D)
         k, v = self.attention.keys(x)                                           # (B, H, N, d), (B, H, N, d)
         if past:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)                # each (B, H, M, d)
         h = h + self.attention(x, (k, v), causal=not past)                                       # (B, N, D)
         if self.cross:
             h = h + self.cross(self.norm(h), words, mask)                                        # (B, N, D)
-        return h + self.mlp(self.norm(h)), (k, v)
+        return h + self.mlp(self.norm(h)), (k, v)                                  # (B, N, D), (B, H, M, d)
 
 # --- Model -------------------------------------------------------------------
-
 class FSQ(nn.Module):
     """Finite scalar quantisation of F numbers a token; nothing to learn, no loss of its own (F10 to F13)."""
     def __init__(self, levels):
@@ -270,7 +279,7 @@ class FSQ(nn.Module):
         """z (B, R, F) to values in [-1, 1], with the straight-through gradient (F11), and ids (F12)."""
         # F10, squash to the levels' range, even ones shifted so that 0 stays 0; in bf16 ids would change.
         z = z.to(torch.promote_types(z.dtype, torch.float32))                                    # (B, R, F)
-        half, offset = (self.levels - 1) * (1 + 1e-3) / 2, 0.5 * (self.levels % 2 == 0)
+        half, offset = (self.levels - 1) * (1 + 1e-3) / 2, 0.5 * (self.levels % 2 == 0)           # (F), (F)
         b = half * torch.tanh(z + torch.atanh(offset / half)) - offset                           # (B, R, F)
         digits = b.detach().round().long() + self.levels // 2                                    # (B, R, F)
         values = (b + (b.round() - b).detach()) / (self.levels // 2)                             # (B, R, F)
@@ -309,8 +318,7 @@ class Encoder(nn.Module):
     def forward(self, x, count=None):
         """Latents (B, C, h, w) to z (B, R, F); count: of the first so many registers alone."""
         e = self.embed(patchify(x, self.p)) + self.position                                      # (B, P, D)
-        registers = self.registers[:count].expand(len(x), -1, -1)                                # (B, R, D)
-        h = torch.cat([e, registers], 1)                                                       # (B, P+R, D)
+        h = torch.cat([e, self.registers[:count].expand(len(x), -1, -1)], 1)                   # (B, P+R, D)
         for block in self.blocks:
             h = block(h, self.mask[:h.shape[1], :h.shape[1]])                                  # (B, P+R, D)
         return self.head(self.norm(h[:, e.shape[1]:]))                                           # (B, R, F)
@@ -343,7 +351,7 @@ class Decoder(nn.Module):
     def forward(self, x, t, values, keep, null):
         """x (B, C, h, w), t (B,), values (B, R, F) to the velocity, and the patches of block `repa_layer`."""
         # F17: with the published T = 1000 no angle exceeds 1, a smooth code.
-        frequency = 1000 / self.T * 256.0 ** -(torch.arange(128, device=t.device, dtype=t.dtype) / 128)
+        frequency = 1000 / self.T * 256.0 ** -(torch.arange(128, device=t.device).type_as(t) / 128)  # (128)
         angle = t[:, None] * frequency                                                            # (B, 128)
         tau = self.time(torch.cat([angle.cos(), angle.sin()], 1))                                   # (B, D)
         h = self.embed(patchify(x, self.p)) + self.position                                      # (B, P, D)
@@ -351,10 +359,11 @@ class Decoder(nn.Module):
         h = torch.cat([h, self.tokens(values, keep, null)], 1)                                 # (B, P+R, D)
         for i, block in enumerate(self.blocks):
             h = block(h, tau, P)                                                               # (B, P+R, D)
-            feature = h[:, :P] if i == self.layer else feature
+            if i == self.layer:
+                feature = h[:, :P]                                                               # (B, P, D)
         shift, scale = self.modulation(F.silu(tau))[:, None].chunk(2, -1)             # (B, 1, D), (B, 1, D)
         u = self.head(self.norm(h[:, :P]) * (1 + scale) + shift)                             # (B, P, p*p*C)
-        return unpatchify(u, self.p, *x.shape[2:]), feature
+        return unpatchify(u, self.p, *x.shape[2:]), feature                        # (B, C, h, w), (B, P, D)
 
 class Tokenizer(nn.Module):
     """Encoder, FSQ, decoder and, for training alone, the head that predicts S features of a teacher (F23)."""
@@ -409,7 +418,7 @@ class GPT(nn.Module):
 
     def forward(self, ids, cond):
         """Logits (B, R, V) of every id given those before it: the plain form, without a cache."""
-        start, words, mask = self.prepare(cond)
+        start, words, mask = self.prepare(cond)                      # (B, 1, D), (B, H, L, d), (B, 1, 1, L)
         h = torch.cat([start, self.table(ids[:, :-1])], 1)                                       # (B, N, D)
         return self.go_on(h, 0, words, mask, [None] * len(words))                                # (B, N, V)
 
@@ -421,16 +430,16 @@ class GPT(nn.Module):
         return self.head(self.norm(h))                                                           # (B, N, V)
 
 # --- Objective ---------------------------------------------------------------
-
 def kept_tokens(u, R, law):
     """Uniform draws u (B,) in [0, 1) to numbers of tokens kept, 1 to R: every image has its own (F15)."""
     return 2 ** (u * R.bit_length()).long() if law == "pow2" else 1 + (u * R).long()                   # (B)
 
-def flow_time(u, law, s=0.25):
-    """Uniform draws u (B,) to flow times. F21, the mode sampling of SD3, is the published law."""
-    if law == "logit-normal":
-        return torch.special.ndtri(u).sigmoid()                                                        # (B)
-    return 1 - u - s * (law == "mode") * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)                     # (B)
+def flow_time(u, law, s=0.25, shift=1.0):
+    """Uniform draws u (B,) to flow times. F21, the mode sampling of SD3, is the published law; our addition for
+    short runs: SD3's shift of times towards noise, for only there does the loss ask what the tokens say."""
+    mode = s * (law == "mode") * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)                             # (B)
+    t = torch.special.ndtri(u).sigmoid() if law == "logit-normal" else 1 - u - mode                    # (B)
+    return shift * t / (1 + (shift - 1) * t)                                                           # (B)
 
 def loss_tokenizer(model, batch, draws):
     """Flow matching and alignment (F22 to F24): their sum, and both.
@@ -457,7 +466,6 @@ def loss_ar(model, batch, draws):
     return F.cross_entropy(model(ids, cond).to(model.start.dtype).flatten(0, 1), ids.flatten())
 
 # --- Sampling ----------------------------------------------------------------
-
 def apg(v, without, g, average, momentum=-0.5, threshold=2.5, eta=0.0):
     """Adaptive projected guidance on velocities (F27): only the new direction counts, and only so much of it.
     v, without (B, C, h, w): with and without tokens; average: what the last step returned, at first 0."""
@@ -484,7 +492,7 @@ def sample(model, noise, ids, cfg):
         # our choice of schedules: g throughout, or 1 at t = 1 (noise) and g at t = 0.
         rise = {"constant": 1, "linear": 1 - i / cfg.euler, "cosine": math.cos(math.pi / 2 * i / cfg.euler)}
         g = 1 + (cfg.guidance - 1) * rise[cfg.schedule]
-        if g == 1:
+        if g == 1:                                              # one call, not two, and exactly the model's v
             v, _ = model.decoder(x, t, values, keep, full)
         else:
             twice = (torch.cat([a, a]) for a in (x, t, values, keep))
@@ -527,7 +535,6 @@ def generate(model, cond, u, cfg):
     return torch.stack(ids, 1)                                                                      # (B, K)
 
 # --- Training ----------------------------------------------------------------
-
 def teacher(cfg):
     """The frozen teacher as a function, images (B, C, H, W) -> features (B, S, g, g), or None.
     A file's model sees what the tokenizer sees (latents, if so) and gives that, or (B, g*g, S)."""
@@ -575,6 +582,15 @@ def set_rate(opt, done, peak, warmup):
     rise = done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
     for group in opt.param_groups:
         group["lr"] = peak * (0.01 + 0.99 * rise)
+
+def update(cfg, model, ema, opt, value):
+    """A step on a loss: gradients averaged over the processes and clipped, AdamW, averaged weights."""
+    opt.zero_grad()
+    value.backward()
+    common.average_gradients(model.parameters())
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    common.ema_update(ema, model, cfg.ema)
 
 def begin(cfg, stage):
     """A stage's device, data and run. --steps, when given, overrides the stage's own number."""
@@ -635,22 +651,17 @@ def train_tokenizer(cfg):
         set_rate(opt, step / run.total, cfg.lr, cfg.warmup)
         large, shape = common.draws(cfg.seed, step, "tokenizer noise", device), (cfg.batch, *x.shape[1:])
         noise = common.mine(torch.randn(shape, generator=large, device=device))
-        t, keep = flow_time(u[:, 1], cfg.time), kept_tokens(u[:, 2], cfg.registers, cfg.nested)
+        t, keep = flow_time(u[:, 1], cfg.time, shift=cfg.shift), kept_tokens(u[:, 2], cfg.registers, cfg.nested)
         with common.autocast(cfg):
             features = look(x) if cfg.repa else None
             value, terms = loss_tokenizer(model, (x, features), (t, noise, keep, u[:, 3] < cfg.null))
-        opt.zero_grad()
-        value.backward()
-        common.average_gradients(model.parameters())
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        common.ema_update(ema, model, cfg.ema)
+        update(cfg, model, ema, opt, value)
         run.log(step, loss=value, **terms)
         run.save(step)
 
 def train_ar(cfg):
     """Stage 2: the GPT, on ids that the frozen tokenizer gives to cropped and flipped images (F29 to F32)."""
-    tokenizer, _ = load(cfg, cfg.tokenizer or common.folder(cfg) / "tokenizer.pt")
+    tokenizer, _ = load(cfg, tokenizer_path(cfg))
     device, dataset, run = begin(cfg, "ar")
     cond, model = conditions(cfg, dataset)
     model = model.to(device)
@@ -668,12 +679,7 @@ def train_ar(cfg):
             with torch.no_grad():
                 _, ids = tokenizer.fsq(tokenizer.encoder(x))
             value = loss_ar(model, (ids, given), u[:, 3] < cfg.ar_drop)
-        opt.zero_grad()
-        value.backward()
-        common.average_gradients(model.parameters())
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        common.ema_update(ema, model, cfg.ema)
+        update(cfg, model, ema, opt, value)
         run.log(step, loss=value)
         run.save(step)
 
@@ -688,7 +694,6 @@ def train(cfg):
     return report(cfg, common.folder(cfg) / f"{stage}.pt", common.folder(cfg)) if common.rank() == 0 else 0
 
 # --- Command line ------------------------------------------------------------
-
 def by_blocks(cfg, function, *tensors):
     """function(*tensors) on blocks of 100 rows, computed on the device, returned on the CPU."""
     blocks, device = zip(*(tensor.split(100) for tensor in tensors)), common.device_of(cfg)
@@ -700,6 +705,11 @@ def encoded(tokenizer, cfg, dataset, count):
     x = dataset.latents(rows, rows < 0, 0.0) if dataset.latent else dataset.pixels(rows)
     x = x.to(torch.get_default_dtype())
     return x, by_blocks(cfg, lambda block: tokenizer.fsq(tokenizer.encoder(block))[1], x)
+
+def generated(gpt, cfg, cond, K):
+    """Ids (M, K) for conditions (M, ...)."""
+    u = torch.rand(len(cond), K, generator=common.draws(cfg.seed, 0, "tokens"))
+    return by_blocks(cfg, lambda c, n: generate(gpt, c, n, cfg), torch.as_tensor(cond), u)
 
 def decoded(tokenizer, cfg, ids):
     """Images of token prefixes (M, K). Image i starts from the same noise at every K."""
@@ -747,9 +757,13 @@ def show_samples(tokenizer, gpt, cfg, where):
         cond = word_rows(names, bytes(gpt.words).decode().split(), len(gpt.empty))
     else:
         cond, names = np.load(cfg.text, mmap_mode="r")[:count], [f"row {i}" for i in range(count)]
-    u = torch.rand(count, K, generator=common.draws(cfg.seed, 0, "tokens"))
-    ids = by_blocks(cfg, lambda c, n: generate(gpt, c, n, cfg), torch.tensor(cond), u)
-    sweep(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names])
+    sweep(where / "generation.png", tokenizer, cfg, generated(gpt, cfg, cond, K), [name[:40] for name in names])
+
+def class_accuracy(tokenizer, gpt, cfg, count=200):
+    """Share of generated images that a classifier, which no training has seen, puts into the class asked for."""
+    labels = np.arange(count) % len(gpt.classes.weight)
+    images = decoded(tokenizer, cfg, generated(gpt, cfg, labels, cfg.registers)).clamp(-1, 1)
+    return common.accuracy(common.judge(open_split(cfg, "judge"), "ruler"), images, labels)
 
 def report(cfg, path, where):
     """Pictures of a checkpoint and its errors, printed; 1 where the demo missed its target."""
@@ -760,17 +774,16 @@ def report(cfg, path, where):
         return 0
     ks, errors = show_tokens(tokenizer, cfg, where)
     print(f"{where}: error " + ", ".join(f"{e:.4f} (k={k})" for k, e in zip(ks, errors)), flush=True)
+    if gpt and gpt.classes and cfg.steps >= 100 and not cfg.data.startswith("latents"):
+        print(f"{where}: class accuracy of generated images {class_accuracy(tokenizer, gpt, cfg):.3f}", flush=True)
     good = errors[-1] <= TARGET and all(b < 1.01 * a for a, b in zip(errors, errors[1:]))
     return int(cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and not good)
 
 def read_tokens(cfg):
     """--decode: ids (M, K) cut to --keep; UserError where they are no tokens of this codebook."""
     path, need, V = cfg.decode, common.need, math.prod(parse_levels(cfg.levels))
-    try:
-        with np.load(path) as found:
-            ids, levels = found["ids"].astype(np.int64), ",".join(map(str, found["levels"].tolist()))
-    except Exception:
-        raise common.UserError(f"--decode {path}: no readable file of tokens; --encode writes one") from None
+    with data.reading(path), np.load(path) as found:            # what --encode wrote
+        ids, levels = found["ids"].astype(np.int64), ",".join(map(str, found["levels"].tolist()))
     need(levels == cfg.levels, f"--decode {path}: another codebook, of levels {levels}, not {cfg.levels}")
     need(ids.ndim == 2 and ids.size and 0 <= ids.min() <= ids.max() < V,
          f"--decode {path}: ids {ids.shape} up to {ids.max(initial=0)}; must be (M, K) of 0 to {V - 1}")

@@ -701,7 +701,7 @@ def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
     assert (trained / "demo" / "samples" / "decoded.png").exists()
     assert (trained / "demo" / "tokenizer.pt").read_bytes() == before
     bad = {"another codebook": dict(ids=found["ids"], levels=[8, 8]), "must be": dict(ids=[[40]], levels=[8, 5]),
-           "ids (0,)": dict(ids=[], levels=[8, 5]), "no readable": dict(levels=[8, 5])}
+           "ids (0,)": dict(ids=[], levels=[8, 5]), "cannot be read": dict(levels=[8, 5])}
     for words, arrays in bad.items():
         np.savez("bad.npz", **{key: np.array(value) for key, value in arrays.items()})
         with pytest.raises(SystemExit) as stop:
