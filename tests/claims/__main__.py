@@ -47,11 +47,12 @@ def hardware():
 
 def table():
     """The README's claims, from all of assets/claims/*.json: a heading, a table and its figures for each file."""
-    parts = []
-    for path in sorted(FOLDER.glob("*.json")):
+    parts, files = [], [path for path in sorted(FOLDER.glob("*.json")) if not path.stem.endswith("_gpu")]
+    verdicts = [row["verdict"] for path in files for row in json.loads(path.read_text())["rows"].values()]
+    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in sorted({*verdicts}, key=verdicts.count, reverse=True)]
+    parts += [f"{len(verdicts)} claims: {', '.join(counts)}.", ""]
+    for path in files:
         name = path.stem
-        if name.endswith("_gpu"):
-            continue
         parts += [f"### {name}.py", "", "| claim | the paper | here | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
         for row in json.loads(path.read_text())["rows"].values():
             here = row["measured"].replace(" (n = 1)", "").replace("; ", "<br>")
