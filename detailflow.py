@@ -39,6 +39,7 @@ import common
 import data
 
 # --- Configuration -----------------------------------------------------------
+
 @dataclasses.dataclass
 class Config:
     preset: str = "demo"                    # where the values below start from

@@ -355,15 +355,15 @@ def test_invariant_13_flow_path_and_times():
         flextok.loss_tokenizer(model, (x, None), draws)
         close(seen[-1], expected, 1e-12)
     u = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    t = flextok.flow_time(u, "mode", 0.25)
+    t = flextok.flow_time(u, "mode")
     close(t[[0, 500, 1000]], torch.tensor([1.0, 0.5, 0.0]).double(), 1e-6)
     assert (t.diff() < 0).all()
     close(t + t.flip(0), torch.ones(1001).double(), 1e-6)
     close(t, 1 - u - 0.25 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u), 1e-14)
-    masses = torch.histc(flextok.flow_time((torch.arange(100_000) + 0.5) / 100_000, "mode", 0.25), 10, 0, 1) / 100_000
+    masses = torch.histc(flextok.flow_time((torch.arange(100_000) + 0.5) / 100_000, "mode"), 10, 0, 1) / 100_000
     close(masses[:5], torch.tensor([0.083, 0.091, 0.100, 0.109, 0.115]), 2e-3)
-    close(flextok.flow_time(u, "uniform", 0.25), 1 - u, 1e-14)
-    normal = flextok.flow_time((torch.arange(1000) + 0.5) / 1000, "logit-normal", 0.25)
+    close(flextok.flow_time(u, "uniform"), 1 - u, 1e-14)
+    normal = flextok.flow_time((torch.arange(1000) + 0.5) / 1000, "logit-normal")
     assert abs(torch.logit(normal).std().item() - 1) < 0.01
 
 
@@ -641,7 +641,7 @@ def test_gpt_gradients_of_every_parameter(kind):
 # --- Command line --------------------------------------------------------------
 
 TINY = ["--size", "8", "--patch", "4", "--registers", "4", "--levels", "8,5", "--encoder", "1", "--decoder", "2", "--gpt", "1",
-        "--head", "8", "--steps", "2", "--batch", "4", "--euler", "2", "--count", "6"]
+        "--head", "8", "--steps", "2", "--batch", "4", "--euler", "2", "--count", "6", "--repa", "1"]
 
 
 def run(*argv):
@@ -654,10 +654,11 @@ def run(*argv):
 @pytest.mark.parametrize("argv, words", [
     (["--registers", "6"], "power of 2"), (["--keep", "0"], "--keep 0: give all, or 1 to 8"), (["--keep", "9"], "1 to 8"),
     (["--levels", "8,1"], "--levels 8,1"), (["--levels", "x"], "--levels x"), (["--head", "6"], "multiple of 4"),
-    (["--patch", "3"], "--size 16: must be a multiple of --patch 3"), (["--prompt", " "], "--prompt: is empty"),
+    (["--patch", "5"], "--size 12: must be a multiple of --patch 5"), (["--prompt", " "], "--prompt: is empty"),
     (["--objects", "5"], "--objects 5"), (["--null", "2"], "--null 2.0"), (["--top_p", "0"], "--top_p 0.0"),
     (["--temperature", "0"], "--temperature 0.0"), (["--classes", "a"], "--classes a"), (["--encode", "x.npz"], "--sample"),
-    (["--decode", "x.npz"], "--sample"), (["--repa_layer", "9"], "--repa_layer 9"), (["--teacher", "no.pt2"], "no.pt2"),
+    (["--decode", "x.npz"], "--sample"), (["--repa", "1", "--repa_layer", "9"], "--repa_layer 9"),
+    (["--repa", "1", "--teacher", "no.pt2"], "no.pt2"),
     (["--nested", "what"], "invalid choice"), (["--channels", "1"], "give --channels 3"), (["--crop", "0.5"], "--crop 0.5"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"), (["--data", "latents:nowhere.npz"], "nowhere.npz"),
     (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
