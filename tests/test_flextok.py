@@ -662,7 +662,8 @@ def run(*argv):
     (["--nested", "what"], "invalid choice"), (["--channels", "1"], "give --channels 3"), (["--crop", "0.5"], "--crop 0.5"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"), (["--data", "latents:nowhere.npz"], "nowhere.npz"),
     (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
-    (["--stage", "ar", "--repa", "0"], "flextok/demo/tokenizer.pt"), (["--euler", "0"], "--euler 0"),
+    (["--stage", "ar"], "no runs/flextok/demo/tokenizer.pt; `python flextok.py --stage tokenizer --preset demo --name demo` makes it"),
+    (["--euler", "0"], "--euler 0"),
     (["--stage", "ar", "--repa", "0", "--tokenizer", "no.pt"], "no.pt"),
 ])
 def test_bad_input_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, capsys):
@@ -695,7 +696,7 @@ def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint = str(trained / "demo" / "tokenizer.pt")
     before = (trained / "demo" / "tokenizer.pt").read_bytes()
-    run("--sample", checkpoint, "--encode", "tokens.npz")
+    run("--sample", checkpoint, "--data", "shapes", "--encode", "tokens.npz")
     found = np.load("tokens.npz")
     assert found["ids"].shape == (200, 4) and found["ids"].max() < 40 and found["levels"].tolist() == [8, 5]
     run("--sample", checkpoint, "--decode", "tokens.npz", "--keep", "2", "--count", "5")
