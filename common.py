@@ -106,8 +106,7 @@ def launch(main, cfg, processes=None):
             dist.init_process_group("gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl")
         if local == "0" and os.environ.get("TORCHELASTIC_RUN_ID") != "prepared":
             main.__globals__["prepare"](cfg)
-        if world() > 1:
-            dist.barrier()
+        barrier()
         code = main(cfg) if world() == processes else spawn(main, cfg, processes)
         if world() > 1:
             dist.destroy_process_group()
@@ -150,6 +149,9 @@ def rank():                                 # this process's number; 0 when it i
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 def world():                                # the number of processes; 1 when it is alone
     return dist.get_world_size() if dist.is_initialized() else 1
+def barrier():                              # wait until all processes are here
+    if world() > 1:
+        dist.barrier()
 def device_of(cfg):                         # the torch.device that this process computes on
     return torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
 def autocast(cfg):                          # bf16 on CUDA with --bf16; otherwise nothing
@@ -282,7 +284,6 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
     def on_signal(self, number, frame):     # a second counts after 5 s: a terminal delivers Ctrl-C twice
         if not self.signal:
             self.signal, self.since = number, time.monotonic()
@@ -326,8 +327,7 @@ class Run:
                 self.write(step + 1)
         if number:
             self.say(f"signal {int(number)}: {self.checkpoint} holds step {step + 1}; go on with --resume")
-            if world() > 1:
-                dist.barrier()                                  # an early exit would end the one that writes
+            barrier()                                           # an early exit would end the one that writes
             sys.exit(128 + int(number))
 
     def write(self, step):                  # the checkpoint (every tenth is kept) and the chart of the losses

@@ -275,7 +275,7 @@ class VQ(nn.Module):
     def __init__(self, K, d):
         super().__init__()
         self.codes = nn.Parameter(F.normalize(torch.empty(K, d).uniform_(-1 / K, 1 / K), dim=1))
-        self.register_buffer("use", torch.zeros(K))             # picks of each since the last reset
+        self.register_buffer("use", torch.zeros(K))             # shares of the picks since the last reset
         self.free = False                                       # first phase with --kmeans: no codes yet
 
     def values(self, ids):
@@ -560,6 +560,8 @@ def draw(dataset, cfg, step, stage, batch, device):
     u, once = (torch.rand(*size, generator=small) for size in ((batch, cfg.tokens + 106), (3,)))
     x, u = dataset.pixels(index).to(u.dtype), common.mine(u)
     x = torch.where(((u[:, 0] < 0.5) & cfg.flip)[:, None, None, None], x.flip(-1), x)
+    # stage ar enlarges by 1.1 where the tokenizer goes up to 1.25. our choice: it cuts anywhere, afresh at
+    # every step, where the official code stores the tokens of ten crops.
     zoom = 1 + (cfg.zoom - 1) * (u[:, 1] if stage == "tokenizer" else torch.full_like(u[:, 1], 0.4))
     centre = (1 - 1 / zoom)[:, None, None] * (2 * u[:, 2:4, None] - 1)      # of a window of side 1/zoom
     window = F.affine_grid(torch.cat([torch.eye(2) / zoom[:, None, None], centre], 2), x.shape, False)
@@ -691,7 +693,7 @@ def train(cfg):
     """One stage, or both (--resume: a finished one is over at once); 1 where the demo missed its target."""
     for stage in [*STAGES] if cfg.stage == "all" else [cfg.stage]:
         STAGES[stage](cfg)
-        common.average(torch.zeros(1))                          # the next stage reads what rank 0 writes
+        common.barrier()                                        # the next stage reads what rank 0 writes
     return report(cfg, common.folder(cfg) / f"{stage}.pt", common.folder(cfg)) if common.rank() == 0 else 0
 
 # --- Command line ------------------------------------------------------------

@@ -688,8 +688,7 @@ def train(cfg):
     """One stage, or both (--resume: a finished one is over at once); 1 where the demo missed its target."""
     for stage in [*STAGES] if cfg.stage == "all" else [cfg.stage]:
         STAGES[stage](cfg)
-        if common.world() > 1:
-            torch.distributed.barrier()                         # the next stage reads what rank 0 writes
+        common.barrier()                                        # the next stage reads what rank 0 writes
     return report(cfg, common.folder(cfg) / f"{stage}.pt", common.folder(cfg)) if common.rank() == 0 else 0
 
 # --- Command line ------------------------------------------------------------

@@ -536,7 +536,6 @@ class Scheduler:
 
     def state_dict(self):
         return {"distance": self.distance, "history": torch.stack(self.history)}
-
     def load_state_dict(self, state):
         self.distance, self.history = state["distance"].cpu(), list(state["history"].cpu())
 
@@ -735,7 +734,8 @@ def train(cfg):
         return 0
     table(rows)
     memory_bars(common.folder(cfg) / "memory.svg", rows)
-    (common.folder(cfg) / "result.json").write_text(json.dumps(rows, indent=1))
+    text = json.dumps(rows, indent=1).encode()
+    common.write_atomic(common.folder(cfg) / "result.json", lambda file: file.write(text))
     if cfg.preset == "demo" and common.is_preset(cfg, PRESETS):
         print(f"target: accuracy {TARGET} at rate 0.75")
         return int(rows["rate-0.75"]["accuracy"] < TARGET)

@@ -593,7 +593,7 @@ def begin(cfg, stage):
     where, device = common.folder(cfg), common.device_of(cfg)                   # Run may rename its folder
     given = cfg.steps != PRESETS[cfg.preset].get("steps", Config.steps)
     run = common.Run(cfg, stage, not given and getattr(cfg, f"steps_{stage}") or cfg.steps)
-    common.average(torch.zeros(1))                                              # wait for the stage before
+    common.barrier()                                                            # wait for the stage before
     torch.manual_seed(common.draws(cfg.seed, 0, f"{stage} weights").initial_seed())
     earlier = where / ("decoder.pt" if stage == "dit" and (where / "decoder.pt").exists() else "ae.pt")
     tokenizer = Autoencoder(cfg).to(device) if stage == "ae" else load(cfg, earlier)[0]

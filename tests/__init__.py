@@ -13,3 +13,12 @@ def shared(*parts):
     if not path.exists():
         pytest.skip(f"../shared/{'/'.join(parts)} is not here")
     return path
+
+
+def refused(run, words, capsys):
+    """The one line on stderr of a command line that run(*words) must refuse, leaving with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and text.count("\n") == 1 and text.startswith("error: "), text
+    return text

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import common
 import data
 import slimfit
-from tests import ROOT, shared
+from tests import ROOT, refused, shared
 from tests.official import convert
 
 EXACT = dict(products=False, probabilities=False, gelu=False, mlp=False, keep=1.0)
@@ -935,10 +935,7 @@ def command(*words):
     ("--preset small --data shapes --weights nowhere --steps 1", "--weights nowhere: no .safetensors, .bin or .npz")])
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        command(*words.split())
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err, err
+    assert message in refused(command, words.split(), capsys)
 
 
 def glue_folder(where, rows=12, broken=False):

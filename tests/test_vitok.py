@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import common
 import data
 import vitok
-from tests import ROOT, official, shared
+from tests import ROOT, official, refused, shared
 from tests.tiny import argv
 
 TINY = {"model": "12x1x2-24x2x2/8", "channels": 4, "size": 32, "dit": "24x2x2"}
@@ -761,15 +761,6 @@ def run(*words):
     common.launch(vitok.main, common.cli(vitok.Config, vitok.PRESETS, vitok.__doc__, [str(word) for word in words]))
 
 
-def refused(capsys, *words):
-    """The one line on stderr of a command that must exit with 2."""
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    text = capsys.readouterr().err
-    assert stop.value.code == 2 and text.count("\n") == 1 and "Traceback" not in text, text
-    return text
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with tiny runs 'image' and 'video', all three stages."""
@@ -802,14 +793,14 @@ def trained(tmp_path_factory):
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = argv("vitok") + words if "--sample" not in words else words
-    assert message in refused(capsys, *words)
+    assert message in refused(run, words, capsys)
 
 
 def test_clips_that_are_too_short(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("clips.npz", videos=np.zeros((20, 3, 8, 8, 3), np.uint8), labels=np.arange(20) % 2)
     words = argv("vitok", frames=4, model="12x1x2-12x2x2/2x4", data="npz:clips.npz")
-    assert "clips.npz" in refused(capsys, *words)
+    assert "clips.npz" in refused(run, words, capsys)
 
 
 def folder_of(where, sides, write):
@@ -824,9 +815,9 @@ def folder_of(where, sides, write):
 def check_folders(where, write, capsys):
     words = argv("vitok", steps=1, save=1)
     run(*words, "--data", folder_of(where / "good", [8] * 20, write), "--name", "good")
-    text = refused(capsys, *words, "--data", folder_of(where / "mixed", [8] * 9 + [12, 8, 8], write))
+    text = refused(run, [*words, "--data", folder_of(where / "mixed", [8] * 9 + [12, 8, 8], write)], capsys)
     assert "mixed image sizes (3, 8, 8), (3, 12, 12)" in text and "09.png" in text
-    text = refused(capsys, *words, "--data", folder_of(where / "large", [16] * 20, write))
+    text = refused(run, [*words, "--data", folder_of(where / "large", [16] * 20, write)], capsys)
     assert "(18, 3, 16, 16) where pictures of side 8 are wanted" in text
     assert not (where / "runs/vitok/demo").exists()
 
@@ -849,18 +840,18 @@ def test_folders_of_pictures_of_one_size_only(tmp_path, monkeypatch, capsys):
 def test_latents_are_no_pictures(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     np.savez("square.npz", latents=np.zeros((4, 3, 8, 8), np.float16), labels=np.zeros(4, int), scale=1.0)
-    assert "pictures of side 8 are wanted" in refused(capsys, *argv("vitok", data="latents:square.npz"))
+    assert "pictures of side 8 are wanted" in refused(run, argv("vitok", data="latents:square.npz"), capsys)
 
 
 def test_latents_of_another_shape_and_another_methods_file(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     np.savez("wide.npz", latents=np.zeros((4, 3, 2, 2), np.float16), labels=np.zeros(4, int), scale=1.0)
-    text = refused(capsys, "--sample", "runs/vitok/image/ae.pt", "--decode", "wide.npz")
+    text = refused(run, ["--sample", "runs/vitok/image/ae.pt", "--decode", "wide.npz"], capsys)
     assert "4 tokens of 3 channels" in text and "decodes 4 of 2" in text
     torch.save({"method": "arflow", "config": {}}, "other.pt")
-    assert "other.pt" in refused(capsys, "--sample", "other.pt")
-    assert "--classes 12: labels are 0 to 9" in refused(capsys, "--sample", "runs/vitok/image/dit.pt", "--classes", "12")
-    assert "--model" in refused(capsys, "--sample", "runs/vitok/image/dit.pt", "--model", "S-B/16")
+    assert "other.pt" in refused(run, ["--sample", "other.pt"], capsys)
+    assert "--classes 12: labels are 0 to 9" in refused(run, ["--sample", "runs/vitok/image/dit.pt", "--classes", "12"], capsys)
+    assert "--model" in refused(run, ["--sample", "runs/vitok/image/dit.pt", "--model", "S-B/16"], capsys)
 
 
 def test_a_run_leaves_all_stages_and_pictures(trained):
