@@ -214,19 +214,18 @@ class Vocabulary:
 
 def captions(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """One sentence an image, from the scene and never from pixels: a list of str, of words in WORDS."""
-    scene = scenes(index, objects, mixed, frames, seed)
-    names = [np.array(names)[scene[key]] for key, names in
-             (("size", SIZES), ("colour", [*COLOURS]), ("shape", SHAPES), ("place", PLACES))]
-    sideways = abs(scene["vx"]) > abs(scene["vy"])
-    heading = np.where(sideways, 2 + (scene["vx"] > 0), scene["vy"] > 0)
-    sentences = []
-    for i, count in enumerate(scene["count"]):
-        parts = ["a {} {} {} in the {}".format(*(name[i, j] for name in names)) for j in range(count)]
-        if frames > 1:
-            parts = [f"{part}, moving {DIRECTIONS[heading[i, j]]}" for j, part in enumerate(parts)]
-        parts[-2:] = [" and ".join(parts[-2:])]
-        sentences.append(f"{', '.join(parts)} on a {[*GROUNDS][scene['background'][i]]} background")
-    return sentences
+    scene, j = scenes(index, objects, mixed, frames, seed), np.arange(4)
+    size, colour, shape, place = (np.array([*names], object)[scene[key]] for names, key in
+                                  ((SIZES, "size"), (COLOURS, "colour"), (SHAPES, "shape"), (PLACES, "place")))
+    each = "a " + size + " " + colour + " " + shape + " in the " + place
+    if frames > 1:
+        sideways = abs(scene["vx"]) > abs(scene["vy"])
+        heading = np.where(sideways, 2 + (scene["vx"] > 0), scene["vy"] > 0)
+        each += ", moving " + np.array(DIRECTIONS, object)[heading]
+    count = scene["count"][:, None]
+    joint = np.select([j == 0, j == count - 1], ["", " and "], ", ").astype(object)
+    ground = np.array([*GROUNDS], object)[scene["background"]]
+    return [*(np.where(j < count, joint + each, "").sum(1) + " on a " + ground + " background")]
 
 def caption_ids(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """The same as integers (M, 17): size, colour, shape, place of objects 0..3 (-1: none), the background."""

@@ -2,14 +2,9 @@
 
 import importlib
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -61,32 +56,8 @@ def log_lines(method, name):
     return [{key: value for key, value in line.items() if key not in ("seconds", "memory")} for line in lines]
 
 
-def launched(words, where, **kwargs):
-    """A subprocess of the repository's Python, in an empty folder."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *words], cwd=where, env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **kwargs)
-
-
-def one_and_two(method, where):
-    """Train in one process and in two, side by side, in `where`; returns what the pair printed."""
-    runs = [launched(["-m", "tests.two", method, *argv(method, **words)], where)
-            for words in (dict(name="one"), dict(name="two", gpus=2, device="cpu"))]
-    results = [process.communicate(timeout=180) for process in runs]
-    assert all(process.returncode == 0 for process in runs) and not any(err for _, err in results), results
-    return results[-1][0]
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory):
-    """{method: (folder, future of one_and_two)}: the second core works these off while the tests go on."""
-    with ThreadPoolExecutor(1) as pool:
-        folders = {method: tmp_path_factory.mktemp(f"{method}-pair") for method in METHODS}
-        yield {method: (where, pool.submit(one_and_two, method, where)) for method, where in folders.items()}
-
-
 @pytest.fixture(scope="module", params=METHODS)
-def whole(request, pairs, tmp_path_factory):
+def whole(request, tmp_path_factory):
     """(method, folder) of one uninterrupted tiny run called 'whole'."""
     where = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
@@ -147,27 +118,25 @@ def test_another_seed_changes_everything(whole, monkeypatch):
             assert_same(ours, theirs)
 
 
-def test_one_process_equals_two_in_float64(whole, pairs, monkeypatch):
+def test_one_process_equals_two_in_float64(whole, background, monkeypatch):
     method, _ = whole
-    where, said = pairs[method]
-    assert "2 processes share the CPU" in said.result()
+    where, said = background[method]
     monkeypatch.chdir(where)
+    torch.set_default_dtype(torch.float64)
+    try:
+        run(method, argv(method, name="one"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "2 processes share the CPU" in said.result()
     for name, saved in checkpoints(method, "two").items():
         assert_same(saved, checkpoints(method, "one")[name], atol=1e-12)
 
 
-def test_ctrl_c_with_two_processes(tmp_path, monkeypatch):
-    words = argv("arflow", steps=100_000, log=1, gpus=2, device="cpu", name="stopped")
-    process = launched([str(ROOT / "arflow.py"), *words], tmp_path, start_new_session=True)
-    log = tmp_path / "runs/arflow/stopped/log.jsonl"
-    deadline = time.monotonic() + 90
-    while not (log.exists() and log.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)                               # as a terminal does: to every process
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 130 and "Traceback" not in err and "go on with --resume" in out
-    monkeypatch.chdir(tmp_path)
+def test_ctrl_c_with_two_processes(background, monkeypatch):
+    where, done = background["ctrl-c"]
+    code, out, err = done.result()
+    assert code == 130 and "Traceback" not in err and "go on with --resume" in out, (out, err)
+    monkeypatch.chdir(where)
     assert checkpoints("arflow", "stopped")["last.pt"]["step"] >= 4
 
 

@@ -1,4 +1,4 @@
-"""python -m tests.two METHOD [flags]: the method's main in float64, so that 1 and 2 processes can be compared."""
+"""python -m tests.two METHOD [flags]: the method's main in float64 (workers import this file, so they compute in float64 too)."""
 
 import importlib
 import sys
