@@ -215,8 +215,8 @@ class Vocabulary:
 def captions(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """One sentence an image, from the scene and never from pixels: a list of str, of words in WORDS."""
     scene, j = scenes(index, objects, mixed, frames, seed), np.arange(4)
-    size, colour, shape, place = (np.array([*names], object)[scene[key]] for names, key in
-                                  ((SIZES, "size"), (COLOURS, "colour"), (SHAPES, "shape"), (PLACES, "place")))
+    names = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
+    size, colour, shape, place = (np.array([*names[key]], object)[scene[key]] for key in names)
     each = "a " + size + " " + colour + " " + shape + " in the " + place
     if frames > 1:
         sideways = abs(scene["vx"]) > abs(scene["vy"])
