@@ -506,12 +506,8 @@ def pictures(where, images, ways, labels, names):
     common.png(where / "denoising.png", np.stack(frames), seconds=0.25)
 
 def nearest(where, images, dataset):
-    """nearest.png: samples above the training images nearest to them in pixels: has the model copied?"""
-    # in blocks, so that large data sets fit
-    distances = [torch.cdist(images.flatten(1), dataset.pixels(rows).flatten(1))
-                 for rows in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 4096))]
-    closest = torch.cat(distances, 1).argmin(1).numpy()
-    pair = torch.cat([images, dataset.pixels(closest)])
+    """nearest.png: samples above the training images nearest to them."""
+    pair = torch.cat([images, common.nearest(images, dataset)])
     scale = max(1, 48 // images.shape[-1])
     picture = common.grid(common.to_uint8(pair), len(images), ["sample", "train"], scale=scale)
     common.png(where / "nearest.png", picture)

@@ -34,7 +34,6 @@ class UserError(Exception):                 # a mistake that one line can explai
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
-
 def need(condition, message, code=2):       # raise UserError(message) unless the condition holds
     if not condition:
         raise UserError(message, code)
@@ -172,7 +171,6 @@ def average(x):                             # the tensor x, averaged over the pr
     if world() > 1:
         dist.all_reduce(x.div_(world()))
     return x
-
 def average_gradients(params):              # gradients become means over the processes, in one all_reduce
     grads = [p.grad for p in params if p.grad is not None and world() > 1]
     if grads:
@@ -270,7 +268,6 @@ class Run:
         self.say(f"{self.folder}: {chip}, {world()} process{backend}, {precision}, batch {cfg.batch}, "
                  f"{params:,} parameters, steps {step} to {self.total}")
         return step
-
     def weight_sums(self):                  # one a parameter: equal on all ranks at first, finite when saved
         modules = [thing for thing in self.objects.values() if isinstance(thing, nn.Module)]
         return torch.stack([p.detach().double().sum().cpu() for m in modules for p in m.parameters()])
@@ -310,7 +307,6 @@ class Run:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         if self.bar.disable:
             self.say(f"step {step + 1}/{self.total}  {text}  {seconds:.1f} s")
-
     def guard(self, step, values):          # stop at a number that is not finite; say where to go on from
         bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         last = f"last good checkpoint: {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
@@ -483,6 +479,10 @@ def judge(data, role):
 def accuracy(network, images, labels):      # share of images in [-1, 1] that the judge puts into their class
     logits = torch.cat([network(block) for block in images.float().cpu().split(250)])
     return (logits.argmax(1) == torch.as_tensor(labels)).double().mean().item()
+def nearest(images, dataset):               # the training images nearest in pixels: has the model copied?
+    blocks = np.array_split(np.arange(len(dataset)), 1 + dataset.images.size // 2**26)         # of 256 MB
+    far = [torch.cdist(images.float().flatten(1), dataset.pixels(rows).flatten(1)) for rows in blocks]
+    return dataset.pixels(torch.cat(far, 1).argmin(1).numpy())
 
 def frechet(a, b):
     """Frechet distance of Gaussians fitted to features (M, 64) and (N, 64), in float64. A toy FD, not FID."""

@@ -688,7 +688,6 @@ def train_ar(cfg):
         run.save(step)
 
 STAGES = {"tokenizer": train_tokenizer, "ar": train_ar}
-
 def train(cfg):
     """One stage, or both (--resume: a finished one is over at once); 1 where the demo missed its target."""
     for stage in [*STAGES] if cfg.stage == "all" else [cfg.stage]:
@@ -717,13 +716,14 @@ def picture(path, columns, heads=(), rows=()):
     x = torch.stack([F.pad(x, pad, value=1.0) for x, pad in zip(columns, edge)], 1).flatten(0, 1)
     common.png(path, common.grid(common.to_uint8(x), len(columns), rows, heads, scale=max(1, 80 // R)))
 
-def sweep(path, tokenizer, cfg, ids, names, last=()):
-    """The picture that is the method: a row an image, a column a number of tokens; the side grows with it."""
+def sweep(path, tokenizer, cfg, ids, names, **beside):
+    """A row an image, a column a number of tokens, at its side; beside={head: f(last column)} adds some."""
     counts = [n for n in admissible(cfg) if n <= ids.shape[1]]
     counts = counts[::-(1 + len(counts) // 10)][::-1]           # ten or fewer, all tokens among them
     columns = [decoded(tokenizer, cfg, ids[:, :n]) for n in counts]
     heads = [f"n={n} {x.shape[-1]}px" for n, x in zip(counts, columns)]
-    picture(path, [*columns, *last], [*heads, *["image"] * len(last)], names)
+    columns += [make(columns[-1]) for make in beside.values()]
+    picture(path, columns, [*heads, *beside], names)
 
 def show_noise(path, tokenizer, cfg, x, names):
     """correction.png and errors: a token or group is noise, the rest left as it was, or chosen again (D6)."""
@@ -747,13 +747,15 @@ def report(cfg, path, where):
         u = torch.rand(cfg.count, kept(cfg), generator=common.draws(cfg.seed, 0, "sample"))
         drawn = by_blocks(cfg, lambda a, b: generate(ar, a, b, cfg), y, u)
         names = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in range(ar.classes)]
-        sweep(where / "generation.png", tokenizer, cfg, drawn[:10], [names[k] for k in y[:10]])
+        whole = cfg.keep == "all" and not cfg.sample      # the training images are here, and as large
+        beside = {"nearest": lambda x: common.nearest(x, open_split(cfg, "train"))} if whole else {}
+        sweep(where / "generation.png", tokenizer, cfg, drawn[:10], [names[k] for k in y[:10]], **beside)
     if ar and cfg.sample:
         return 0
     test = open_split(cfg, "test", cfg.count)
     x = test.pixels(np.arange(min(cfg.count, len(test)))).to(torch.get_default_dtype())
     ids, names = encoded(tokenizer, cfg, x)[:, 0], [test.classes[label] for label in test.labels[:10]]
-    sweep(where / "prefixes.png", tokenizer, cfg, ids[:10], names, [x[:10]])
+    sweep(where / "prefixes.png", tokenizer, cfg, ids[:10], names, image=lambda _: x[:10])
     if cfg.correct:
         show_noise(where / "correction.png", tokenizer, cfg, x, names)
     errors = {n: error(decoded(tokenizer, cfg, ids[:, :n]), x) for n in admissible(cfg)}

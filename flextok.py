@@ -194,7 +194,6 @@ def sincos(n, D):
     return torch.cat([wave.repeat_interleave(n, 0), wave.repeat(n, 1)], 1)                          # (P, D)
 
 NORM = dict(eps=1e-5, elementwise_affine=False)                 # the tokenizer's norms learn nothing; in fp32
-
 class Attention(nn.Module):
     """Attention without biases (F7). In the tokenizer queries and keys are normalised, each head's d numbers
     for themselves, so that their lengths say nothing: no logit exceeds 8."""
@@ -604,8 +603,7 @@ def word_rows(captions, words, L=0):
     """Captions as word ids (M, L): the start word 1, the words, zeros. UserError names unknown words."""
     unknown = {word for text in captions for word in data.split_words(text)} - {*words}
     common.need(not unknown, f"unknown words: {' '.join(sorted(unknown))}; known are: {' '.join(words)}")
-    vocabulary = data.Vocabulary(words)
-    rows = [[1, *vocabulary.encode(caption)] for caption in captions]
+    rows = [[1, *ids] for ids in map(data.Vocabulary(words).encode, captions)]
     longest = max(map(len, rows))
     common.need(longest <= (L or longest), f"a caption has {longest - 1} words; at most {L - 1} are read")
     return np.array([row + [0] * ((L or longest) - len(row)) for row in rows])
@@ -683,7 +681,6 @@ def train_ar(cfg):
         run.save(step)
 
 STAGES = {"tokenizer": train_tokenizer, "ar": train_ar}
-
 def train(cfg):
     """One stage, or both (--resume: a finished one is over at once); 1 where the demo missed its target."""
     for stage in [*STAGES] if cfg.stage == "all" else [cfg.stage]:
@@ -715,11 +712,12 @@ def picture(path, columns, heads=(), rows=()):
     pixels = common.to_uint8(torch.stack(columns, 1).flatten(0, 1))
     common.png(path, common.grid(pixels, len(columns), rows, heads, scale=max(1, 48 // pixels.shape[-1])))
 
-def sweep(path, tokenizer, cfg, ids, names, last=()):
-    """The picture that is the method: a row an image, a column a prefix length. Returns the lengths."""
+def sweep(path, tokenizer, cfg, ids, names, **beside):
+    """A row an image, a column a prefix length (returned); beside={head: f(last column)} adds columns."""
     ks = sorted({*(2 ** i for i in range(ids.shape[1].bit_length())), ids.shape[1]})
     columns = [decoded(tokenizer, cfg, ids[:, :k]) for k in ks]
-    picture(path, [*columns, *last], [*(f"k={k}" for k in ks), *["image"] * len(last)], names)
+    columns += [make(columns[-1]) for make in beside.values()]
+    picture(path, columns, [*(f"k={k}" for k in ks), *beside], names)
     return ks
 
 def show_tokens(tokenizer, cfg, where):
@@ -728,7 +726,7 @@ def show_tokens(tokenizer, cfg, where):
     test = open_split(cfg, "test", cfg.count)
     x, ids = encoded(tokenizer, cfg, test, cfg.count)
     n, names = min(6, len(x)), [test.classes[label] for label in test.labels[:10]]
-    ks = sweep(where / "prefixes.png", tokenizer, cfg, ids[:10], names, [x[:10]])
+    ks = sweep(where / "prefixes.png", tokenizer, cfg, ids[:10], names, image=lambda _: x[:10])
     swapped = [torch.cat([ids[j, :1].expand(n, 1), ids[:n, 1:]], 1) for j in range(n)]
     columns = [torch.cat([x[j:j + 1], decoded(tokenizer, cfg, mixed)]) for j, mixed in enumerate(swapped)]
     picture(where / "vocabulary.png", columns, rows=["first token", *names[:n]])
@@ -736,13 +734,14 @@ def show_tokens(tokenizer, cfg, where):
     return ks, [(decoded(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks]
 
 def show_samples(tokenizer, gpt, cfg, where):
-    """generation.png: a row a class or caption, a column a prefix length."""
+    """generation.png: a row a class or caption, a column a prefix length, the nearest training image."""
     count, K = min(cfg.count, 10), cfg.registers if cfg.keep == "all" else int(cfg.keep)
     if gpt.classes:
         classes = range(len(gpt.classes.weight))
         chosen = classes if cfg.classes == "all" else [*map(int, cfg.classes.split(","))]
         common.need({*chosen} <= {*classes}, f"--classes {cfg.classes}: labels are 0 to {classes[-1]}")
-        cond, names = np.resize(chosen, count), [f"class {k}" for k in np.resize(chosen, count)]
+        known = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in classes]
+        cond, names = np.resize(chosen, count), [known[k] for k in np.resize(chosen, count)]
     elif gpt.word_table:
         texts = open_split(cfg, "test", count).captions if cfg.prompt == "captions" else [cfg.prompt]
         names = [texts[i % len(texts)] for i in range(count)]
@@ -751,7 +750,9 @@ def show_samples(tokenizer, gpt, cfg, where):
         cond, names = np.load(cfg.text, mmap_mode="r")[:count], [f"row {i}" for i in range(count)]
     u = torch.rand(count, K, generator=common.draws(cfg.seed, 0, "tokens"))
     ids = by_blocks(cfg, lambda c, n: generate(gpt, c, n, cfg), torch.tensor(cond), u)
-    sweep(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names])
+    blind = cfg.sample or cfg.data.startswith("latents")        # no training images are at hand
+    beside = {} if blind else {"nearest": lambda x: common.nearest(x, open_split(cfg, "train"))}
+    sweep(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names], **beside)
 
 def report(cfg, path, where):
     """Pictures of a checkpoint and its errors, printed; 1 where the demo missed its target."""

@@ -228,7 +228,6 @@ class Attention(nn.Module):
     def __init__(self, D, H):
         super().__init__()
         self.heads, self.qkv, self.out = H, nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
-
     def forward(self, x, cos, sin):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # each (B, H, N, d)
         x = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)         # (B, H, N, d)
@@ -244,7 +243,6 @@ class Block(nn.Module):
         self.norm1, self.attention, self.norm2 = nn.LayerNorm(D), Attention(D, H), nn.LayerNorm(D)
         self.gate, self.up, self.down = nn.Linear(D, m), nn.Linear(D, m), nn.Linear(m, D)
         self.modulation = nn.Linear(D, 6 * D) if modulated else None
-
     def forward(self, x, cos, sin, s1=0, r1=0, g1=1, s2=0, r2=0, g2=1):
         """Tokens (B, N, D), rotary cosines and sines (N, d/2), the generator's six modulations (B, 1, D)."""
         x = x + g1 * self.attention((1 + r1) * self.norm1(x) + s1, cos, sin)                       # (B, N, D)
@@ -263,7 +261,6 @@ class Trunk(nn.Module):
         self.cos, self.sin = (nn.Buffer(a.float(), persistent=False) for a in (angles.cos(), angles.sin()))
         for block in self.blocks if cfg.compile else ():
             block.compile()
-
     def forward(self, x, c=None):
         """Tokens (B, N, D) -> the same. In the generator each block makes its own modulations of c (B, D)."""
         for block in self.blocks:
@@ -284,7 +281,6 @@ class Encoder(nn.Module):
         self.register_buffer("queries", waves(torch.arange(cfg.latents), D), persistent=False)
         self.trunk = Trunk(s.encoder, places(s.grid, cfg.rope, cfg.latents), cfg)
         self.to_code = nn.Linear(D, (1 + cfg.variational) * cfg.channels)
-
     def forward(self, x):
         """Clips (B, 3, T, H, W) in [-1, 1] -> mean, logvar (B, M, c); not variational: mean and None."""
         x = self.embed(patchify(x, self.q, self.p))                                                # (B, N, D)
@@ -306,7 +302,6 @@ class Decoder(nn.Module):
         self.trunk = Trunk(s.decoder, places(s.grid, cfg.rope, cfg.latents), cfg)
         self.to_pixels = nn.Linear(D, 3 * s.q * s.p**2, bias=False)
         self.colour = nn.Parameter(torch.zeros(3, 1, 1, 1))
-
     def forward(self, z, length=None):
         """Codes z (B, M, c); masked variant: from number length (B,) on, they become the learned blank."""
         if length is not None:
@@ -326,7 +321,6 @@ class Autoencoder(nn.Module):
         bound = self.encoder.embed.in_features ** -0.5      # official code: these keep PyTorch's defaults
         for tensor in (self.encoder.embed.bias, self.decoder.to_pixels.weight, self.decoder.colour):
             nn.init.uniform_(tensor, -bound, bound)
-
     def forward(self, x, noise=None, length=None):
         """Clips, noise of the bottleneck (B, M, c) or None for z = mean -> reconstruction, mean, logvar."""
         mean, logvar = self.encoder(x)                                                  # (B, M, c), (B, M, c)
@@ -366,7 +360,6 @@ class Discriminator(nn.Module):
                                     for a, b in zip(C, C[1:]))
         self.conv, self.mid, self.out = conv(D, D), nn.Linear(16 * D, D), nn.Linear(D, 1)
         self.apply(initialise)
-
     def forward(self, x):
         """Clips (B, 3, T, H, W) -> one number a frame, large for real ones."""
         x = x.transpose(1, 2).flatten(0, 1)                                                     # (b, 3, H, W)
@@ -393,7 +386,6 @@ class DiT(nn.Module):
         # Zero, so that blocks start as the identity and the output as 0.
         for module in (self.modulation, self.head, *(block.modulation for block in self.trunk.blocks)):
             nn.init.zeros_(module.weight)
-
     def forward(self, x, time, label):
         """Noisy codes (B, M, c), times (B,), labels (B,) -> noise, and v of the variance, in 2 c channels."""
         c = F.silu(self.time(waves(time, 256).to(self.table.dtype)) + self.label(label))              # (B, D)
@@ -653,7 +645,6 @@ def train_dit(cfg, dataset, _):
         run.save(step)
 
 STAGES = {"ae": train_ae, "decoder": train_decoder, "dit": train_dit}
-
 def train(cfg):
     """One stage, or all in order (--resume passes over the finished); 1 where the demo missed a target."""
     dataset, perceptual = open_split(cfg, "train"), perceptual_loss(cfg, common.device_of(cfg))
@@ -695,12 +686,17 @@ def report(cfg, path, where):
         K = generator.classes
         chosen = [*range(K)] if cfg.classes == "all" else [*map(int, cfg.classes.split(","))]
         common.need(max(chosen) < K, f"--classes {cfg.classes}: labels are 0 to {K - 1}")
+        names = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in range(K)]
         each = max(1, cfg.count // len(chosen)) if cfg.steps >= 100 else 1
         labels = torch.tensor(chosen).repeat_interleave(each)
         z = [sample(generator, y, common.draws(cfg.seed, i, "sample", device), cfg.calls, cfg.scale, cfg.eta)
              for i, y in enumerate(labels.to(device).split(100))]
         x = torch.cat([tokenizer.decoder(part).clamp(-1, 1).cpu() for part in z]).unflatten(0, (-1, each))
-        film(where / "samples.png", x[:10, :8].flatten(0, 1), [f"class {k}" for k in chosen[:10]])
+        film(where / "samples.png", x[:10, :8].flatten(0, 1), [names[k] for k in chosen[:10]])
+        if not cfg.sample:
+            first = x[:10, 0].transpose(1, 2)                               # frames first, as data has them
+            train = common.nearest(first, open_split(cfg, "train")).view_as(first)
+            film(where / "nearest.png", torch.cat((first, train)).transpose(1, 2), ["sample", "train"])
         if cfg.steps >= 100 and not cfg.sample:
             result["accuracy"] = common.accuracy(judge(cfg, "ruler"), x[:, :, :, 0].flatten(0, 1), labels)
     print(f"{where}: " + "  ".join(f"{name} {value:.3f}" for name, value in result.items()), flush=True)

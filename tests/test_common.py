@@ -16,6 +16,7 @@ import time
 import xml.etree.ElementTree as ET
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -744,6 +745,26 @@ def test_judge_of_shapes(tmp_path, monkeypatch):
     halves = ruler.features(x[:500]), ruler.features(x[500:])
     noise = ruler.features(torch.rand_like(x[:500]) * 2 - 1)
     assert common.frechet(halves[0], noise) > 20 * common.frechet(*halves) > 0
+
+
+def test_nearest_training_images_in_one_block_and_in_several():
+    dataset = data.open_data("shapes", "train", size=8, count=50)
+    rows = np.array([41, 7, 7, 0, 49])
+    x = dataset.pixels(rows) + 0.05 * torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    by_hand = (x[:, None] - dataset.pixels(np.arange(50))).square().sum((2, 3, 4)).argmin(1)
+    assert by_hand.tolist() == rows.tolist()
+    assert torch.equal(common.nearest(x.double(), dataset), dataset.pixels(rows))
+    asked = []
+
+    class Large:                                                                # says that it fills 256 MB three times
+        images = SimpleNamespace(size=3 * 2 ** 26)
+        __len__ = dataset.__len__
+
+        def pixels(self, index):
+            asked.append(len(index))
+            return dataset.pixels(index)
+
+    assert torch.equal(common.nearest(x, Large()), dataset.pixels(rows)) and asked == [13, 13, 12, 12, 5]
 
 
 def whitened(N, D, seed):

@@ -1365,6 +1365,22 @@ def test_a_run_leaves_its_folder(trained):
             "loss-tokenizer.svg", "loss-ar.svg", "log-tokenizer.jsonl", "log-ar.jsonl"} <= names
 
 
+def test_generation_stands_beside_the_nearest_training_images(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, shown = trained / "ar.pt", {}
+    cfg = detailflow.Config(**torch.load(path, weights_only=True)["config"])
+    monkeypatch.setattr(detailflow, "picture", lambda path, columns, heads, rows: shown.update({path.name: (columns, heads)}))
+    with torch.no_grad():
+        detailflow.report(cfg, path, tmp_path)
+    columns, heads = shown["generation.png"]
+    train = detailflow.open_split(cfg, "train").pixels(np.arange(20_000))
+    near = torch.cdist(columns[-2].flatten(1), train.flatten(1)).argmin(1)
+    assert heads[-1] == "nearest" and torch.equal(columns[-1], train[near])
+    for changes in (dict(sample="a checkpoint"), dict(keep=f"{cfg.tokens // 2}")):      # not here; of another size
+        detailflow.report(dataclasses.replace(cfg, **changes), path, tmp_path)
+        assert "nearest" not in shown["generation.png"][1]
+
+
 def stops(words, error, capsys):
     with pytest.raises(SystemExit) as stop:
         run(*words)

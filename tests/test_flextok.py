@@ -689,6 +689,21 @@ def test_a_run_leaves_its_folder(trained):
             "loss-tokenizer.svg", "log-ar.jsonl"} <= names
 
 
+def test_generation_stands_beside_the_nearest_training_images(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, shown = trained / "demo/ar.pt", []
+    cfg = flextok.Config(**torch.load(path, weights_only=True)["config"])
+    tokenizer, gpt = flextok.load(cfg, path)
+    monkeypatch.setattr(flextok, "picture", lambda path, columns, heads, rows: shown.append((columns, heads)))
+    for sample in ("", "a checkpoint"):
+        flextok.show_samples(tokenizer, gpt, dataclasses.replace(cfg, sample=sample), tmp_path)
+    (columns, heads), (alone, without) = shown
+    assert heads == [*without, "nearest"] and all(torch.equal(a, b) for a, b in zip(columns, alone))
+    train = flextok.open_split(cfg, "train").pixels(np.arange(20_000))
+    near = torch.cdist(columns[-2].flatten(1), train.flatten(1)).argmin(1)
+    assert torch.equal(columns[-1], train[near])
+
+
 def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint = str(trained / "demo" / "tokenizer.pt")

@@ -859,7 +859,7 @@ def test_a_run_leaves_all_stages_and_pictures(trained):
         where = trained / "runs/vitok" / name
         for stage in vitok.STAGES:
             assert (where / f"{stage}.pt").exists() and (where / f"log-{stage}.jsonl").exists()
-        for picture in ("reconstructions.png", "samples.png"):
+        for picture in ("reconstructions.png", "samples.png", "nearest.png"):
             assert (b"acTL" in (where / picture).read_bytes()) == animated
 
 
