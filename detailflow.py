@@ -181,7 +181,8 @@ def prepare(cfg):
 
 # --- Building blocks ---------------------------------------------------------
 def resolution(n, cfg):
-    """R(n) = R - b (N - n)^alpha with b = (R - 1) / (N - 1)^alpha, Eq. (3), D1: R(1) = 1 and R(N) = R."""
+    """R(n) = R - b (N - n)^alpha with b = (R - 1) / (N - 1)^alpha, Eq. (3), D1: R(1) = 1 and R(N) = R. Above
+    alpha = 1 the first tokens buy the most pixels a side, the last ones the fewest."""
     return cfg.size - (cfg.size - 1) * ((cfg.tokens - n) / (cfg.tokens - 1)) ** cfg.alpha
 
 def tokens_for(r, cfg):
@@ -203,7 +204,8 @@ def degraded(x, n, cfg):
     return x if n == cfg.tokens else F.interpolate(small, (side(n, cfg),) * 2, mode="bicubic")
 
 def group_causal(n, g, c):
-    """Who (row) sees whom (column): the first c tokens those before them, the others also their own group."""
+    """Who (row) sees whom (column): the first c tokens those before them, the others also their own group, in
+    which none comes first, for the AR model draws it at once. The encoder's queries and the AR share it."""
     i = torch.arange(n)
     return torch.where(i[:, None] < c, i <= i[:, None], i // g <= i[:, None] // g)                  # (n, n)
 
@@ -246,7 +248,6 @@ class Block(nn.Module):
             nn.Linear(*sides, bias=not llama) for sides in ((D, 3 * D), (D, D), (D, m), (m, D)))
         self.gate = nn.Linear(D, m, bias=False) if llama else None
         initialise(self, llama)
-
     def forward(self, h, mask=None, past=None, turn=None):
         x = self.qkv(self.norm1(h)).unflatten(2, (3, self.heads, -1))                      # (B, N, c, H, d)
         q, k, v = x.permute(2, 0, 3, 1, 4)                                               # each (B, H, N, d)
@@ -277,16 +278,13 @@ class VQ(nn.Module):
         self.codes = nn.Parameter(F.normalize(torch.empty(K, d).uniform_(-1 / K, 1 / K), dim=1))
         self.register_buffer("use", torch.zeros(K))             # shares of the picks since the last reset
         self.free = False                                       # first phase with --kmeans: no codes yet
-
     def values(self, ids):
         return F.normalize(self.codes, dim=1)[ids]              # (..., d) of ids (...)
-
     def nearest(self, h, k):
         """The k nearest codes (B, N, k) of latents (B, N, d), in order; |u - e|^2 is 2 - 2 u e."""
         with torch.autocast(h.device.type, enabled=False):      # bf16 would pick others
             u = F.normalize(h.to(self.codes.dtype), dim=2)                                       # (B, N, d)
             return (u @ F.normalize(self.codes, dim=1).T).topk(k, 2).indices                     # (B, N, k)
-
     def forward(self, h):
         """Latents (B, N, d) to vectors with the straight-through gradient, ids (B, N), and the codebook
         and commitment losses (2, B, N): one number whose gradient goes to the code, or to the latent."""
@@ -294,7 +292,9 @@ class VQ(nn.Module):
         u, e = F.normalize(h.to(self.codes.dtype), dim=2), self.values(ids)           # (B, N, d), (B, N, d)
         if self.free:
             return u, ids, u.new_zeros(2, *ids.shape)                         # (B, N, d), (B, N), (2, B, N)
+        # Equal numbers, different gradients: the code moves to the latent, the latent commits to the code.
         losses = torch.stack([(e - u.detach()).square(), (e.detach() - u).square()]).mean(3)     # (2, B, N)
+        # Straight-through: the decoder's gradient reaches the latent as if nothing had been exchanged.
         return u + (e - u).detach(), ids, losses                              # (B, N, d), (B, N), (2, B, N)
 
 class Encoder(nn.Module):
@@ -310,7 +310,6 @@ class Encoder(nn.Module):
         mask = F.pad(group_causal(N, cfg.group, cfg.causal), (n * n, 0, n * n, 0))
         mask[:, :n * n] = True
         self.register_buffer("mask", mask, persistent=False)
-
     def forward(self, x, h, memory=None):
         """Images (B, 3, R, R) and latents (1 or B, n, D) to outputs of the latents, and to memory: keys and
         values of the patches. Given that, a second pass skips the patches: exact, as they see no latents."""
@@ -326,7 +325,8 @@ class Encoder(nn.Module):
         return self.norm(h[:, -n:]), keep                                       # (B, n, D), (2, B, H, P, d)
 
 class Decoder(nn.Module):
-    """ViT over n tokens and one mask token for each patch of the image to be drawn; all see all (D5)."""
+    """ViT over n tokens and one mask token for each patch of the image to be drawn; all see all (D5). So one
+    decoder draws every side: fewer masks, at positions resampled from one learned grid."""
     def __init__(self, cfg):
         super().__init__()
         (D, depth, H, m), n = shape(cfg.decoder), cfg.size // cfg.patch
@@ -335,7 +335,6 @@ class Decoder(nn.Module):
         self.mask = nn.Parameter(torch.randn(D) * 0.02)
         self.positions = nn.Parameter(torch.randn(cfg.tokens, D) * (cfg.std or 0.02))
         self.blocks = nn.ModuleList(Block(D, H, m) for _ in range(depth))
-
     def forward(self, z, r):
         """Tokens (B, n, D) to images of side r: nothing but the number and places of the masks tells it."""
         z = z + self.positions[:z.shape[1]]                                                      # (B, n, D)
@@ -354,16 +353,13 @@ class Tokenizer(nn.Module):
         self.quant, self.refine, self.read = nn.Linear(D, d), nn.Linear(d, D), nn.Linear(d, E)
         self.align = nn.Sequential(nn.Linear(d, 1024), nn.SiLU(), nn.Linear(1024, 1024), nn.SiLU(),
                                    nn.Linear(1024, S)) if S else nn.Identity()
-
     def encode(self, x, n=None):
         """Images to latents (B, N, d) before the codebook, by the first n queries where given; and memory."""
         z, memory = self.encoder(x, (self.encoder.queries + self.encoder.positions)[None, :n])
         return self.quant(z), memory
-
     def decode(self, q, n, r=None):
         """Vectors (B, N, d), of which the first n count, to images of side r, by default side(n)."""
         return self.decoder(self.read(q[:, :n]), r or side(n, self.cfg))                      # (B, C, r, r)
-
     def forward(self, x, s=None, u=None):
         """Images (B, 3, R, R) to vectors (B, N, d), triples of ids (3, B, N) and the two VQ losses (2).
         First noisy positions s, (B,) or one, and draws u (B, N) ask for self-correction (D6, Sec. 3.3): a
@@ -412,22 +408,21 @@ class AR(nn.Module):
         self.masks = nn.Parameter(torch.randn(g - 1, D))        # official code: N(0, 1), unlike the rest
         for name, table in zip(("cos", "sin", "mask"), (*rotary(N, g, D // H), group_causal(N, g, self.c))):
             self.register_buffer(name, table, persistent=False)
-
     def inputs(self, ids, y):
         """[class, token 1 ... c, masks 2 ... g, token c+1 ... N-g]: position p predicts token p+1. The masks,
-        which stand there once, ask for the first parallel group, later tokens for those g places on."""
+        which stand there once, ask for the first parallel group, later tokens for those g places on:
+            reads       class  1  2  3  4  m  m  m  5  6  7  8          N = 12, c = g = 4
+            predicts        1  2  3  4  5  6  7  8  9 10 11 12"""
         B, N = ids.shape
         z, masks = self.table(ids), self.masks.expand(B, -1, -1)                      # (B, N, D), (B, m, D)
         h = torch.cat([self.label(y)[:, None], z[:, :self.c], masks, z[:, self.c:N - self.g]], 1)
         return self.dropout(h[:, :N])                                                            # (B, N, D)
-
     def go_on(self, ids, y, i, j, past):
         """Logits of tokens i+1 to j, behind the key-value cache of the inputs before i, which grows."""
         h = self.inputs(ids, y)[:, i:j]                                                          # (B, n, D)
         for b, block in enumerate(self.blocks):
             h, past[b] = block(h, self.mask[i:j, :j], past[b], (self.cos[i:j], self.sin[i:j]))
         return self.head(self.norm(h))                                                           # (B, n, K)
-
     def forward(self, ids, y):
         """Logits of all tokens, given those before their groups: the plain form, without a cache."""
         return self.go_on(ids, y, 0, ids.shape[1], [None] * len(self.blocks))                    # (B, N, K)
@@ -487,6 +482,8 @@ def loss_disc(disc, look, recon, goal, v, weight):
     augmentation, without it (official code). v (4, 2 B, 10): draws for goal, recon, both again."""
     real, fake = (disc(look(augment(a, b))).to(a.dtype) for a, b in zip((goal, recon), v))
     hard = [disc(look(augment(a, b, cut=0.5, chance=1.0))).to(a.dtype) for a, b in zip((goal, recon), v[2:])]
+    # LeCam charges real logits above the running mean of the fake ones, and fake ones below that of the real
+    # ones: it holds back a discriminator that runs ahead of the decoder.
     hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     lecam = F.relu(real - disc.means[1]).square().mean() + F.relu(disc.means[0] - fake).square().mean()
     even = F.mse_loss(torch.cat(hard), torch.cat([real, fake]))
@@ -496,6 +493,7 @@ def loss_ar(model, batch, draws):
     """Stage 2 (D10): mean cross-entropy over all N tokens. batch: triples (3, B, N) and labels (B,).
     draws: sequences (B,) that show a mistake and its correction, sequences (B,) that lose their label."""
     ((clean, given, label), y), (noisy, drop) = batch, draws
+    # What it reads may hold a mistake, what it is to say never does: it learns to go on from one.
     read, goal = (torch.where(noisy[:, None], a, clean) for a in (given, label))
     logits = model(read, y.masked_fill(drop, model.classes)).flatten(0, 1)                          # (m, K)
     return F.cross_entropy(logits.to(model.table.weight.dtype), goal.flatten())
@@ -532,6 +530,7 @@ def generate(model, y, u, cfg, cached=True):
             logits, without = logits.chunk(2)                                     # (B, j-i, K), (B, j-i, K)
             scale = cfg.guidance * ((N - i + g) / (N + g) if cfg.gradual and i >= model.c else 1)
             logits = without + scale * (logits - without)                                      # (B, j-i, K)
+        # The distribution function, inverted at u: the same draws give the same ids with and without a cache.
         mass = filtered(logits.flatten(0, 1), cfg).softmax(1).cumsum(1)                          # (rows, K)
         height = u[:, i:j].reshape(-1, 1).double() * mass[:, -1:]                                # (rows, 1)
         ids[:, i:j] = torch.searchsorted(mass, height, right=True).view(len(y), -1)
@@ -557,6 +556,7 @@ def draw(dataset, cfg, step, stage, batch, device):
     """One step's images, their index, draws (B, 106 + N) and (3) for all: global, cut to this rank."""
     small = common.draws(cfg.seed, step, f"{stage} data")
     index = common.mine(torch.randint(len(dataset), (batch,), generator=small)).numpy()
+    # An image: flip, zoom, centre (2); mistake, label (stage ar); noise (N); five augmentations (100).
     u, once = (torch.rand(*size, generator=small) for size in ((batch, cfg.tokens + 106), (3,)))
     x, u = dataset.pixels(index).to(u.dtype), common.mine(u)
     x = torch.where(((u[:, 0] < 0.5) & cfg.flip)[:, None, None, None], x.flip(-1), x)

@@ -337,13 +337,15 @@ def bottleneck(mean, logvar, noise):
     return mean if noise is None or logvar is None else mean + torch.exp(0.5 * logvar) * noise     # (B, M, c)
 
 def blur(x):
-    """Halve x (B, C, H, W) behind StyleGAN's filter [1, 3, 3, 1]."""
+    """Halve x (B, C, H, W) behind StyleGAN's filter [1, 3, 3, 1]: a bare stride of 2 would fold fine detail
+    into coarse."""
     line = x.new_tensor([1, 3, 3, 1]) / 8
     kernel = (line[:, None] * line).expand(x.shape[1], 1, 4, 4)                                 # (C, 1, 4, 4)
     return F.conv2d(x, kernel, stride=2, padding=1, groups=len(kernel))                         # (B, C, h, w)
 
 def halve(x, block):
-    """A residual block of the discriminator: half the sides of x (b, C, H, W), K channels."""
+    """A residual block of the discriminator: half the sides of x (b, C, H, W), K channels. The sum of its two
+    branches over sqrt 2 keeps their variance."""
     conv1, conv2, skip = block
     y = F.leaky_relu(conv2(blur(F.leaky_relu(conv1(x), 0.2))), 0.2)                             # (b, K, h, w)
     return (y + skip(blur(x))) / 2**0.5                                                         # (b, K, h, w)
@@ -460,7 +462,8 @@ def loss_decoder(model, x, draws, cfg, perceptual, disc, weight):
     return value + weight * terms["gan"], terms, recon
 
 def loss_disc(disc, x, recon):
-    """Hinge loss of the discriminator; nothing flows back into the reconstruction."""
+    """Hinge loss of the discriminator; nothing flows back into the reconstruction. An image that is told apart
+    by a margin of 1 counts no more."""
     real, fake = disc(x).to(x.dtype), disc(recon.detach()).to(x.dtype)
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
@@ -677,7 +680,8 @@ def film(path, x, rows, heads=()):
 
 @torch.no_grad()
 def report(cfg, path, where):
-    """Pictures of a checkpoint's reconstructions and samples, PSNR, class accuracy; printed and returned."""
+    """Pictures of a checkpoint's reconstructions and samples, PSNR, class accuracy; printed and returned.
+    With --sample, a generator's checkpoint gives samples alone."""
     (tokenizer, generator), result, device = load(cfg, path), {}, common.device_of(cfg)
     if not (cfg.sample and generator):
         x, y, result["psnr"] = reconstruct(tokenizer, cfg)
