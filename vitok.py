@@ -462,8 +462,8 @@ def loss_decoder(model, x, draws, cfg, perceptual, disc, weight):
     return value + weight * terms["gan"], terms, recon
 
 def loss_disc(disc, x, recon):
-    """Hinge loss of the discriminator; nothing flows back into the reconstruction. An image that is told apart
-    by a margin of 1 counts no more."""
+    """Hinge loss of the discriminator; nothing flows back into the reconstruction. An image told apart by a
+    margin of 1 counts no more."""
     real, fake = disc(x).to(x.dtype), disc(recon.detach()).to(x.dtype)
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
