@@ -109,7 +109,8 @@ FLEXTOK = [("encoder.module_dict.", "encoder."), ("decoder.module_dict.", "decod
 def flextok(official, given):
     """A released FlexTok tokenizer (d12-d12, d18-d18, d18-d28) without its VAE; fixed position tables are dropped."""
     halves = {name: value for name, value in official.items() if name.startswith(("encoder.", "decoder."))}
-    ours = renamed(halves, FLEXTOK, drop=[name for name in halves if name.endswith((".pos_emb", ".levels", ".basis"))])
+    fixed = ("enc_posemb_module.posembs", "dec_patches_posemb_module.posembs", ".levels", ".basis")
+    ours = renamed(halves, FLEXTOK, drop=[name for name in halves if name.endswith(fixed)])
     ours["decoder.token_position"] = ours["decoder.token_position"][0, 0].T
     R, D = ours["encoder.registers"].shape
     depth = {half: len([name for name in ours if name.startswith(half) and name.endswith("wq.weight")]) for half in

@@ -100,7 +100,9 @@ def test_official_decoder():
 def test_official_checkpoint_becomes_a_file_that_sample_reads(tmp_path):
     weights = {f"{half}.{name[2:]}": value.float() for half in ("encoder", "decoder")
                for name, value in tensors(f"{half}_small").items() if name.startswith("w.")}
-    torch.save(weights | {"vae.encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "official.pt")
+    fixed = {f"{half}.module_dict.{name}_posemb_module.posembs": torch.zeros(1, 128, 4, 4)
+             for half, name in (("encoder", "enc"), ("decoder", "dec_patches"))}
+    torch.save(weights | fixed | {"vae.encoder.conv_in.weight": torch.zeros(1)}, tmp_path / "official.pt")
     convert("flextok", tmp_path / "official.pt", tmp_path / "ours.pt", {"size": 8, "repa": 0.0})
     cfg = flextok.Config(**common.read_checkpoint(tmp_path / "ours.pt", "flextok")["config"])
     model, gpt = flextok.load(cfg, tmp_path / "ours.pt")
