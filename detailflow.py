@@ -748,7 +748,7 @@ def report(cfg, path, where):
         drawn = by_blocks(cfg, lambda a, b: generate(ar, a, b, cfg), y, u)
         names = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in range(ar.classes)]
         whole = cfg.keep == "all" and not cfg.sample      # the training images are here, and as large
-        beside = {"nearest": lambda x: common.nearest(x, open_split(cfg, "train"))} if whole else {}
+        beside = {"train": lambda x: common.nearest(x, open_split(cfg, "train"))} if whole else {}
         sweep(where / "generation.png", tokenizer, cfg, drawn[:10], [names[k] for k in y[:10]], **beside)
     if ar and cfg.sample:
         return 0

@@ -734,7 +734,7 @@ def show_tokens(tokenizer, cfg, where):
     return ks, [(decoded(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks]
 
 def show_samples(tokenizer, gpt, cfg, where):
-    """generation.png: a row a class or caption, a column a prefix length, the nearest training image."""
+    """generation.png: a row a class or caption, a column a prefix length; last, the nearest training image."""
     count, K = min(cfg.count, 10), cfg.registers if cfg.keep == "all" else int(cfg.keep)
     if gpt.classes:
         classes = range(len(gpt.classes.weight))
@@ -751,7 +751,7 @@ def show_samples(tokenizer, gpt, cfg, where):
     u = torch.rand(count, K, generator=common.draws(cfg.seed, 0, "tokens"))
     ids = by_blocks(cfg, lambda c, n: generate(gpt, c, n, cfg), torch.tensor(cond), u)
     blind = cfg.sample or cfg.data.startswith("latents")        # no training images are at hand
-    beside = {} if blind else {"nearest": lambda x: common.nearest(x, open_split(cfg, "train"))}
+    beside = {} if blind else {"train": lambda x: common.nearest(x, open_split(cfg, "train"))}
     sweep(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names], **beside)
 
 def report(cfg, path, where):

@@ -1375,10 +1375,10 @@ def test_generation_stands_beside_the_nearest_training_images(trained, tmp_path,
     columns, heads = shown["generation.png"]
     train = detailflow.open_split(cfg, "train").pixels(np.arange(20_000))
     near = torch.cdist(columns[-2].flatten(1), train.flatten(1)).argmin(1)
-    assert heads[-1] == "nearest" and torch.equal(columns[-1], train[near])
+    assert heads[-1] == "train" and torch.equal(columns[-1], train[near])
     for changes in (dict(sample="a checkpoint"), dict(keep=f"{cfg.tokens // 2}")):      # not here; of another size
         detailflow.report(dataclasses.replace(cfg, **changes), path, tmp_path)
-        assert "nearest" not in shown["generation.png"][1]
+        assert "train" not in shown["generation.png"][1]
 
 
 def stops(words, error, capsys):

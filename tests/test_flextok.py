@@ -700,7 +700,7 @@ def test_generation_stands_beside_the_nearest_training_images(trained, tmp_path,
     for sample in ("", "a checkpoint"):
         flextok.show_samples(tokenizer, gpt, dataclasses.replace(cfg, sample=sample), tmp_path)
     (columns, heads), (alone, without) = shown
-    assert heads == [*without, "nearest"] and all(torch.equal(a, b) for a, b in zip(columns, alone))
+    assert heads == [*without, "train"] and all(torch.equal(a, b) for a, b in zip(columns, alone))
     train = flextok.open_split(cfg, "train").pixels(np.arange(20_000))
     near = torch.cdist(columns[-2].flatten(1), train.flatten(1)).argmin(1)
     assert torch.equal(columns[-1], train[near])
