@@ -734,7 +734,7 @@ def show_tokens(tokenizer, cfg, where):
     return ks, [(decoded(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks]
 
 def show_samples(tokenizer, gpt, cfg, where):
-    """generation.png: a row a class or caption, a column a prefix length; last, the nearest training image."""
+    """generation.png: a row a class or caption, a column a prefix length; the nearest training image."""
     count, K = min(cfg.count, 10), cfg.registers if cfg.keep == "all" else int(cfg.keep)
     if gpt.classes:
         classes = range(len(gpt.classes.weight))
