@@ -54,7 +54,7 @@ def background(request, tmp_path_factory):
     if not any("background" in item.function.__code__.co_varnames for item in request.session.items):
         yield {}
         return
-    with ThreadPoolExecutor(1) as pool:
-        where = {name: tmp_path_factory.mktemp(f"{name}-two") for name in [*TINY, "ctrl-c"]}
-        yield {name: (folder, pool.submit(ctrl_c, folder) if name == "ctrl-c" else pool.submit(two, name, folder))
-               for name, folder in where.items()}
+    pool, where = ThreadPoolExecutor(1), {name: tmp_path_factory.mktemp(f"{name}-two") for name in [*TINY, "ctrl-c"]}
+    yield {name: (folder, pool.submit(ctrl_c, folder) if name == "ctrl-c" else pool.submit(two, name, folder))
+           for name, folder in where.items()}
+    pool.shutdown(cancel_futures=True)                                  # a run that stops early waits for one at most
