@@ -77,6 +77,11 @@ def both(results):
     return f"accuracy {spread([r['accuracy'] for r in results])}, FD {spread([r['distance'] for r in results])}"
 
 
+def mean_and_deviation(values):
+    """What a bar shows of several seeds."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
 def guidance(scale):
     """CFG's effect: class accuracy rises, the distance falls and then rises."""
     results = {}
@@ -88,10 +93,9 @@ def guidance(scale):
     if scale == "full":
         results["CFG 1.5, 250 calls"] = [judged(fit(config(scale, 0)), config(scale, 0), scale, scale=1.5, calls=250)]
     accuracy = {name: np.mean([r["accuracy"] for r in rs]) for name, rs in results.items()}
-    common.bar_chart(ROOT / "assets/arflow_guidance.svg", {
-        name: {"class accuracy, %": float(100 * np.mean([r["accuracy"] for r in rs])),
-               "toy Frechet distance": float(np.mean([r["distance"] for r in rs]))} for name, rs in results.items()},
-        "ARFlow demo: guidance")
+    bars = {name: {"class accuracy, %": mean_and_deviation([100 * r["accuracy"] for r in rs]),
+                   "toy Frechet distance": mean_and_deviation([r["distance"] for r in rs])} for name, rs in results.items()}
+    common.bar_chart(ROOT / "assets/arflow_guidance.svg", bars, "ARFlow demo: guidance")
     floor = np.mean([r["floor"] for rs in results.values() for r in rs])
     return {"claim": "guidance 1.5 improves samples strongly", "paper": "FID 14.08 to 4.34 (128 px), 6.63 to 1.96 (256 px)",
             "measured": "; ".join(f"{name}: {both(rs)}" for name, rs in results.items()) + f"; floor {floor:.1f}",
