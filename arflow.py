@@ -20,7 +20,7 @@ Faithful: sequences, times, conditioning, block, hybrid attention, initialisatio
           method: data A1-A6, network A7-A10, attention A11-A20, sampler A21-A22 (the paper's are unknown).
 Scaled:   the demo's model, its learning rate with warm-up and decay, its EMA, its 50 calls: see PRESETS.
 Left out: making VAE latents (vitok.py exports its own, the README shows how to cache SD-VAE's); FID itself
-          (--export writes the file that its tools read).
+          (--export NAME.npz writes what the ADM suite of evaluations reads).
 Letters:  B sequences, n images a sequence, C channels, h w sides of an image or latent, p patch, N tokens an
           image, D width, H heads, d = D/H, K classes (label K: none). Time: t = 0 is noise, t = 1 is data.
 CUDA:     never run on CUDA.
@@ -73,7 +73,7 @@ class Config:
     context: Literal["carry", "reset"] = "carry"     # keep S along the trajectory, or forget it at every call
     classes: str = "all"                             # with --sample: labels as 3,5; all: each in turn
     count: int = 1000                                # images sampled for the metric or by --sample
-    export: str = ""                                 # with --sample: also write this .npz, for FID tools
+    export: str = ""                                 # with --sample: also NAME.npz, for the ADM suite's FID
     seed: int = 0                                    # every random number is a function of (seed, step)
     gpus: int = 1                                    # processes, one a GPU; without GPUs they share the CPU
     device: str = "auto"                             # auto, cpu or cuda
@@ -82,11 +82,12 @@ class Config:
     name: str = ""                                   # run folder runs/arflow/NAME; default: the preset
     resume: bool = False                             # go on from runs/arflow/NAME/last.pt
     sample: str = ""                                 # checkpoint to draw from, instead of training
+    out: str = ""                                    # folder of --sample; default: samples/ beside CHECKPOINT
     log: int = 100                                   # steps between log lines
     save: int = 5000                                 # steps between checkpoints and preview pictures
 
     # what --sample may change
-    sampling = ("calls", "scale", "guided", "context", "classes", "count", "export")
+    sampling = ("calls", "scale", "guided", "context", "classes", "count", "export", "out")
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 18)}       # D, depth, H
 PRESETS = {
@@ -103,6 +104,7 @@ PRESETS |= {                                         # the paper's models, on la
     for letter, (D, depth, H) in SIZES.items() for p in (2, 4, 8) for pixels in (128, 256)}
 
 LAST_TIME = 0.96                                     # the SDE's grid ends here as in the official sampler
+ENOUGH = 65                                          # samples: fewer have no covariance of 64 features
 # Class accuracy of the demo's 200 samples, mean - 4 s.d. of seeds 0 to 4: .83, .79, .745, .87, .85.
 TARGET = 0.61
 
@@ -123,7 +125,9 @@ def check(cfg):
     form = re.fullmatch(r"all|\d+(,\d+)*", cfg.classes)
     need(form, f"--classes {cfg.classes}: write all, or labels as 3,5")
     need(cfg.sample or cfg.classes == "all", f"--classes {cfg.classes}: goes with --sample CHECKPOINT")
-    need(cfg.sample or not cfg.export, f"--export {cfg.export}: goes with --sample CHECKPOINT")
+    for name in ("export", "out"):
+        value = getattr(cfg, name)
+        need(cfg.sample or not value, f"--{name} {value}: goes with --sample CHECKPOINT")
 
 def open_split(cfg, split, count=20_000):
     """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
@@ -145,12 +149,18 @@ def measured(cfg):
     return cfg.steps >= 200 and not cfg.data.startswith("latents:")
 
 def prepare(cfg):
-    """Once, before the processes start: downloads, packing, the ruler."""
-    if not cfg.sample:
-        open_split(cfg, "train")
-        if measured(cfg):
-            open_split(cfg, "test")
-            common.judge(open_split(cfg, "judge"), "ruler")
+    """Once, before the processes start: downloads, packing, the ruler; says what the end will not measure."""
+    if cfg.sample:
+        return
+    train = open_split(cfg, "train")
+    if measured(cfg):
+        need, few = common.need, 2 * len(train.classes)
+        judge, test = open_split(cfg, "judge"), open_split(cfg, "test", 2 * cfg.count)
+        need(len(judge) >= few, f"{cfg.data}: {len(judge)} pictures to learn the ruler from; it needs {few}")
+        common.judge(judge, "ruler")
+        if min(cfg.count, len(test) // 2) < ENOUGH:
+            print(f"no Frechet distance at the end: it needs {ENOUGH} samples and {2 * ENOUGH} test images, "
+                  f"and there are {cfg.count} and {len(test)}", flush=True)
 
 # --- Building blocks ---------------------------------------------------------
 
@@ -276,7 +286,7 @@ def time_waves(t):
     return torch.cat([(t[..., None] * f).cos(), (t[..., None] * f).sin()], -1)
 
 class ARFlow(nn.Module):
-    """The velocity network. It keeps `latent_scale` for whoever decodes its samples."""
+    """The velocity network. It keeps `latent_scale`, one or one a channel, for who decodes its samples."""
 
     def __init__(self, cfg, channels, classes, latent_scale=1.0):
         super().__init__()
@@ -290,7 +300,7 @@ class ARFlow(nn.Module):
         self.modulation = nn.Linear(D, 2 * D)
         self.out = nn.Linear(D, p * p * 2 * channels)                   # A10: 2 C as in DiT, half unused
         self.register_buffer("positions", position_table(cfg.size // p, D).float(), persistent=False)
-        self.register_buffer("latent_scale", torch.tensor(float(latent_scale)))
+        self.register_buffer("latent_scale", torch.as_tensor(latent_scale, dtype=torch.float32))
         self.initialise()
 
     def initialise(self):
@@ -532,32 +542,42 @@ def finish(run, ema, cfg, dataset):
     common.write_atomic(run.folder / "result.json", lambda file: file.write(json.dumps(result).encode()))
     target = TARGET if cfg.preset == "demo" and common.is_preset(cfg, PRESETS) else 0.0
     run.say(f"{run.folder}/samples.png, trajectory.png, denoising.png, nearest.png")
-    run.say("{N} samples at guidance {scale}: class accuracy {accuracy:.3f}, toy Frechet distance "
-            "{distance:.1f} (real against real {floor:.1f})".format(**result, scale=cfg.scale))
+    run.say(f"{cfg.count} samples at guidance {cfg.scale}: class accuracy {result['accuracy']:.3f}")
+    if result["distance"] is not None:
+        told = "toy Frechet distance of {N} samples {distance:.1f} (real against real {floor:.1f})"
+        run.say(told.format(**result))
     if target:
         run.say(f"target {target}: {'reached' if result['accuracy'] >= target else 'MISSED'}")
     return 0 if result["accuracy"] >= target else 1
 
 def measure(images, labels, cfg):
-    """The ruler's class accuracy, Frechet distance to test images, and that distance between test images."""
+    """The ruler's class accuracy, Frechet distance to test images, and that distance between test images.
+
+    Both distances are None where there are not ENOUGH samples or test images for them.
+    """
     ruler = common.judge(open_split(cfg, "judge"), "ruler")
     test = open_split(cfg, "test", 2 * len(images))
     N = min(len(images), len(test) // 2)                                # one N for both distances
-    real = ruler.features(test.pixels(np.arange(2 * N)))
-    distance = common.frechet(ruler.features(images[:N]), real[:N])
-    return {"N": N, "accuracy": common.accuracy(ruler, images, labels), "distance": distance,
-            "floor": common.frechet(real[N:], real[:N])}
+    result = {"N": N, "accuracy": common.accuracy(ruler, images, labels), "distance": None, "floor": None}
+    if N >= ENOUGH:
+        real = ruler.features(test.pixels(np.arange(2 * N)))
+        result["distance"] = common.frechet(ruler.features(images[:N]), real[:N])
+        result["floor"] = common.frechet(real[N:], real[:N])
+    return result
 
 # --- Command line ------------------------------------------------------------
 
 def sample_checkpoint(cfg):
-    """--sample: draw from a checkpoint's averaged weights into <its run>/samples, and touch nothing else."""
+    """--sample: draw from a checkpoint's averaged weights, into --export and --out; its run stays as it is.
+
+    Without both: into samples/ beside the checkpoint. --export alone writes no pictures.
+    """
     device = common.device_of(cfg)
     saved = common.read_checkpoint(cfg.sample, "arflow", device)
     weights = saved["state"]["ema"]
     K = len(weights["label.weight"]) - 1
     C = weights["embed.weight"].shape[1]
-    ema = ARFlow(cfg, C, K).to(device).requires_grad_(False)
+    ema = ARFlow(cfg, C, K, weights["latent_scale"]).to(device).requires_grad_(False)
     common.load_into({"ema": ema}, saved, cfg.sample)
     chosen = np.arange(K) if cfg.classes == "all" else np.array([int(k) for k in cfg.classes.split(",")])
     common.need(max(chosen) < K, f"--classes {cfg.classes}: labels are 0 to {K - 1}")
@@ -566,19 +586,22 @@ def sample_checkpoint(cfg):
     common.need(not (cfg.export and latent), "--export: these samples are latents; decode them with vitok.py")
     labels = np.resize(chosen, cfg.count)
     images, ways = sample_many(ema, cfg, labels)
-    where = Path(cfg.sample).parent / "samples"
+    where = Path(cfg.out or Path(cfg.sample).parent / "samples")
     if latent:
-        scale = float(ema.latent_scale)
-        packed = dict(latents=(images / scale).half().numpy(), labels=labels, scale=scale)
+        scale = ema.latent_scale.cpu()
+        latents = (images / scale.view(-1, 1, 1)).half().numpy()
+        packed = dict(latents=latents, labels=labels, scale=scale.numpy())
         common.write_atomic(where / "latents.npz", lambda file: np.savez(file, **packed))
         print(f"{len(images)} latents in {where / 'latents.npz'}")
         return 0
     names = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in range(K)]
-    pictures(where, images, ways, labels, names)
     if cfg.export:
         pixels = common.to_uint8(images).permute(0, 2, 3, 1).numpy()
         common.write_atomic(cfg.export, lambda file: np.savez(file, arr_0=pixels))
-    print(f"{len(images)} samples: {where}/samples.png, trajectory.png, denoising.png {cfg.export}")
+        print(f"{len(images)} samples: {cfg.export}")
+    if cfg.out or not cfg.export:
+        pictures(where, images, ways, labels, names)
+        print(f"{len(images)} samples: {where}/samples.png, trajectory.png, denoising.png")
     return 0
 
 def main(cfg):

@@ -6,7 +6,9 @@ Oracles are written from the formulas (token loops, masked matrices, closed form
 import argparse
 import copy
 import dataclasses
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -713,6 +715,10 @@ TINY = ["--size", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps
     (["--classes", "3"], "--sample"),
     (["--label_dropout", "1.5"], "[0, 1]"),
     (["--export", "x.npz"], "--sample"),
+    (["--out", "here"], "--sample"),
+    (["--scale", "nan"], "--scale nan"),
+    (["--ema", "nan"], "--ema nan"),
+    (["--clip", "-1"], "--clip -1"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"),
     (["--data", "latents:nowhere.npz"], "nowhere.npz"),
     (["--sample", "nowhere.pt"], "nowhere.pt"),
@@ -743,10 +749,16 @@ def test_a_run_leaves_its_folder(trained):
 def test_sample_writes_grids_and_the_export(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = (trained / "last.pt").read_bytes()
+    kept = sorted(trained.iterdir())
     run("--sample", str(trained / "last.pt"), "--classes", "3,5", "--count", "6", "--seed", "4", "--export", "out.npz")
-    images = np.load("out.npz")["arr_0"]
+    images = np.load("out.npz")["arr_0"]                                        # the ADM suite's name and layout
     assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8
-    assert {"samples.png", "trajectory.png"} <= {path.name for path in (trained / "samples").iterdir()}
+    assert sorted(trained.iterdir()) == kept and [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+    run("--sample", str(trained / "last.pt"), "--classes", "3,5", "--count", "6", "--out", "here")
+    assert sorted(trained.iterdir()) == kept
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"samples.png", "trajectory.png", "denoising.png"}
+    run("--sample", str(trained / "last.pt"), "--classes", "3,5", "--count", "6")
+    assert {path.name for path in (trained / "samples").iterdir()} == {path.name for path in Path("here").iterdir()}
     first = images.copy()
     for seed, same in (("4", True), ("5", False)):
         run("--sample", str(trained / "last.pt"), "--classes", "3,5", "--count", "6", "--seed", seed, "--export", "b.npz")
@@ -792,13 +804,44 @@ def test_switches_change_the_network_and_the_samples():
     assert (carried - reset).abs().max() > 1e-3
 
 
-def test_a_small_test_split_is_measured_with_what_it_has(tmp_path, monkeypatch):
+@pytest.mark.parametrize("total, count, N", [(1400, 200, 70), (1400, 1, 1), (600, 200, 30), (20, 50, 1), (10, 50, 0)])
+def test_a_frechet_distance_is_left_out_aloud_where_there_is_too_little(total, count, N, tmp_path, monkeypatch, capsys):
+    """64 features have no covariance below 65 samples; accuracy is measured all the same."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "judge", lambda *_: common.Judge(3, 24, 2).eval())      # only N matters here
-    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
-    np.savez("own.npz", images=images, labels=np.arange(300) // 2 % 2)
-    result = arflow.measure(torch.randn(50, 3, 8, 8), np.arange(50) % 2, config(size=8, data="npz:own.npz"))
-    assert result["N"] == 15 and math.isfinite(result["distance"] + result["floor"])
+    images = np.random.default_rng(0).integers(0, 256, (total, 8, 8, 3), dtype=np.uint8)
+    np.savez("own.npz", images=images, labels=np.arange(total) // 2 % 2)
+    cfg = config(size=8, data="npz:own.npz", count=count, steps=200)
+    arflow.prepare(cfg)
+    said = capsys.readouterr().out
+    result = arflow.measure(torch.randn(count, 3, 8, 8), np.arange(count) % 2, cfg)
+    assert result["N"] == N and 0 <= result["accuracy"] <= 1
+    if N < 65:
+        assert result["distance"] is result["floor"] is None
+        assert f"needs 65 samples and 130 test images, and there are {count} and {total // 10}" in said
+    else:
+        assert math.isfinite(result["distance"] + result["floor"]) and not said
+
+
+def test_a_run_of_few_pictures_ends_with_what_can_be_measured(tmp_path, monkeypatch, capsys):
+    """20 pictures in all, one sample: trained, judged and drawn, without a distance."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "judge", lambda *_: common.Judge(3, 24, 2).eval())
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez("own.npz", images=images, labels=np.arange(20) % 2)
+    monkeypatch.setattr(arflow, "measured", lambda cfg: True)
+    run(*TINY, "--data", "npz:own.npz", "--count", "1")
+    said = capsys.readouterr().out
+    assert "no Frechet distance" in said and "class accuracy" in said and "toy Frechet" not in said
+    assert json.loads(Path("runs/arflow/demo/result.json").read_text())["distance"] is None
+
+
+def test_too_few_pictures_for_the_ruler_are_one_line_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("own.npz", images=np.zeros((10, 8, 8, 3), np.uint8), labels=np.arange(10) % 5)
+    words = [*TINY, "--data", "npz:own.npz", "--images", "1", "--steps", "200"]
+    assert "9 pictures to learn the ruler from; it needs 10" in refused(run, words, capsys)
+    assert not Path("runs").exists()
 
 
 def test_target_decides_the_exit_code(tmp_path, monkeypatch):
@@ -812,6 +855,22 @@ def test_target_decides_the_exit_code(tmp_path, monkeypatch):
         changes = dict(seed=1) if changed else {}
         now = dataclasses.replace(cfg, **changes)
         assert arflow.finish(common.Run(now), None, now, arflow.open_split(now, "train", 100)) == code
+
+
+def test_a_latent_scale_may_have_one_number_a_channel(tmp_path, monkeypatch):
+    """Stored with the weights; samples are divided by it, channel by channel, and carry it."""
+    monkeypatch.chdir(tmp_path)
+    scale = np.array([0.5, 2.0, 1.0, 4.0], np.float32)
+    cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, [*TINY, "--size", "4", "--data", "latents:x"])
+    model = arflow.ARFlow(cfg, 4, 2, scale)
+    state = {"method": "arflow", "config": dataclasses.asdict(cfg), "step": 0, "sums": {},
+             "state": {"ema": model.state_dict()}}
+    torch.save(state, "scaled.pt")
+    run("--sample", "scaled.pt", "--count", "4")
+    pack = np.load("samples/latents.npz")
+    assert np.array_equal(pack["scale"], scale)
+    images, _ = arflow.sample_many(model, dataclasses.replace(cfg, count=4), np.arange(4) % 2)
+    assert np.allclose(pack["latents"] * scale[:, None, None], images.numpy(), atol=1e-2)
 
 
 def test_latents_train_sample_and_come_back(tmp_path, monkeypatch):
