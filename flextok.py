@@ -132,28 +132,40 @@ TARGET = 0.047      # error at k = R, at most: mean + 4 s.d. of seeds 0 to 4, .0
 
 def parse_levels(text):
     """FSQ levels "8,8,8,5,5,5" as a tuple; UserError."""
-    fine = re.fullmatch(r"\d+(,\d+)*", text) and min(map(int, text.split(","))) > 1
+    fine = re.fullmatch(r"[0-9]+(,[0-9]+)*", text) and min(map(int, text.split(","))) > 1
     common.need(fine, f"--levels {text}: write numbers above 1, as 8,8,8,5,5,5")
-    return tuple(map(int, text.split(",")))
+    levels = tuple(map(int, text.split(",")))
+    common.need(math.prod(levels) < 2 ** 31, f"--levels {text}: {math.prod(levels)} ids; at most 2^31 - 1")
+    return levels
 
 def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     need, R = common.need, cfg.registers
     for names, low, high in (
             ("size channels crop patch registers encoder decoder gpt head euler count", 1, math.inf),
-            ("std repa repa_layer lr_ar steps_tokenizer steps_ar top_k guidance ar_guidance", 0, math.inf),
-            ("null ar_drop warmup ema", 0, 1), ("temperature max_time shift", 1e-3, math.inf),
+            ("repa repa_layer lr_ar steps_tokenizer steps_ar top_k guidance ar_guidance", 0, math.inf),
+            ("null ar_drop warmup ema", 0, 1), ("temperature max_time shift std", 1e-3, math.inf),
             ("top_p", 1e-3, 1), ("objects", 1, 4)):
         for name in names.split():
-            need(low <= getattr(cfg, name) <= high, f"--{name} {getattr(cfg, name)}: not in [{low}, {high}]")
+            value = getattr(cfg, name)
+            need(low <= value <= high and value < math.inf, f"--{name} {value}: finite, in [{low}, {high}]")
     need(cfg.head % 4 == 0, f"--head {cfg.head}: must be a multiple of 4")
     need(cfg.size % cfg.patch == 0, f"--size {cfg.size}: must be a multiple of --patch {cfg.patch}")
     need(cfg.nested != "pow2" or R & R - 1 == 0, f"--registers {R}: give a power of 2, or --nested uniform")
-    need(cfg.keep in ("all", *map(str, range(1, R + 1))), f"--keep {cfg.keep}: give all, or 1 to {R}")
+    fine = re.fullmatch("all|[1-9][0-9]*", cfg.keep) and (cfg.keep == "all" or int(cfg.keep) <= R)
+    need(fine, f"--keep {cfg.keep}: give all, or 1 to {R}")
     need(not cfg.repa or cfg.repa_layer < cfg.decoder, f"--repa_layer {cfg.repa_layer}: not below --decoder")
-    need(re.fullmatch(r"all|\d+(,\d+)*", cfg.classes), f"--classes {cfg.classes}: all, or labels as 3,5")
+    fine = re.fullmatch(r"all|[0-9]+(,[0-9]+)*", cfg.classes)
+    need(fine, f"--classes {cfg.classes}: all, or labels as 3,5")
     need(cfg.prompt.strip(), "--prompt: is empty; give some words")
     need(cfg.sample or not cfg.encode + cfg.decode, "--encode and --decode go with --sample CHECKPOINT")
+    need(not (cfg.encode and cfg.decode), "--encode and --decode: give one of them")
+    words = cfg.condition == "text" and not cfg.text
+    need(cfg.sample or cfg.prompt == "captions" or words, "--prompt: for a GPT that learns --condition text")
+    fine = cfg.sample or cfg.classes == "all" or cfg.condition == "class"
+    need(fine, "--classes: goes with --condition class")
+    need(cfg.sample or not cfg.text or cfg.condition == "text", "--text: goes with --condition text")
+    need(cfg.sample or not cfg.tokenizer or cfg.stage == "ar", "--tokenizer: goes with --stage ar")
     need(cfg.stage != "ar" or cfg.sample or tokenizer_path(cfg).exists(), f"no {tokenizer_path(cfg)}; "
          f"`python flextok.py --stage tokenizer --preset {cfg.preset} --name {cfg.name}` makes it")
     parse_levels(cfg.levels)
@@ -165,15 +177,34 @@ def tokenizer_path(cfg):
 def open_split(cfg, split, count=20_000):
     """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
     found = data.open_data(cfg.data, split, size=cfg.size, objects=(1, cfg.objects), count=count)
-    C, side = found.images.shape[1], found.images.shape[-1]
+    shape = found.images.shape
+    common.need(len(shape) == 4 and shape[2] == shape[3],
+                f"{cfg.data}: images {shape[1:]}; must be (C, h, h), square and still")
+    C, side = shape[1], shape[3]
     common.need((C, side) == (cfg.channels, cfg.size), f"{cfg.data}: give --channels {C} --size {side}")
     return found
 
 def prepare(cfg):
-    """Once, before the processes start: downloads, packing, the teacher."""
-    if not cfg.sample:
-        open_split(cfg, "train")
-        teacher(cfg)
+    """Once, before the processes start: downloads, packing, and all that a later step would refuse."""
+    if cfg.sample:
+        return
+    dataset = open_split(cfg, "train")
+    open_split(cfg, "test", cfg.count)
+    if cfg.stage == "ar":
+        path = tokenizer_path(cfg)
+        found = common.read_checkpoint(path, "flextok")["config"]
+        for name in "size channels patch registers levels encoder decoder head max_time".split():
+            asked = getattr(cfg, name)
+            common.need(found.get(name) == asked, f"--{name} {asked}: {path} has {found.get(name)}")
+    if cfg.stage != "tokenizer":
+        with torch.device("meta"):
+            _, gpt = conditions(cfg, dataset)
+        if cfg.condition == "class":
+            chosen_classes(cfg, len(dataset.classes))
+        elif cfg.prompt != "captions":
+            words = sorted({word for caption in dataset.captions for word in data.split_words(caption)})
+            word_rows([cfg.prompt], words, len(gpt.empty))
+    teacher(cfg)
 
 # --- Building blocks ---------------------------------------------------------
 def patchify(x, p):
@@ -550,13 +581,20 @@ def teacher(cfg):
         return network.requires_grad_(False).to(common.device_of(cfg)).spatial
     with data.reading(f"--teacher {cfg.teacher}"):              # TorchScript or torch.export
         script = cfg.teacher.endswith(".pt")
-        network = torch.jit.load(cfg.teacher) if script else torch.export.load(cfg.teacher).module()
+        network = torch.jit.load(cfg.teacher).eval() if script else torch.export.load(cfg.teacher).module()
     def look(x):
         f = network.to(x.device)(x)
         f = f.transpose(1, 2).unflatten(2, (math.isqrt(f.shape[1]), -1)) if f.ndim == 3 else f
         square = f.ndim == 4 and f.shape[2] == f.shape[3]
         common.need(square, f"--teacher {cfg.teacher}: features {[*f.shape]} cannot be resized")
         return f
+    trial, device = torch.Generator().manual_seed(0), common.device_of(cfg)
+    x = torch.randn(2, cfg.channels, cfg.size, cfg.size, generator=trial).to(device)
+    with torch.no_grad(), torch.random.fork_rng(), data.reading(f"--teacher {cfg.teacher}, images 1, 2"):
+        one, two = look(x[:1]), look(x)
+    # Dropout, or norms over the batch, give an image other features beside other images.
+    frozen = len(two) == 2 and (one[0] - two[0]).abs().max() <= 1e-3 * two.abs().max()
+    common.need(frozen, f"--teacher {cfg.teacher}: features differ from call to call; save it after .eval()")
     return torch.no_grad()(look)
 
 def draw(dataset, cfg, step, stage, device):
@@ -608,13 +646,21 @@ def word_rows(captions, words, L=0):
     common.need(longest <= (L or longest), f"a caption has {longest - 1} words; at most {L - 1} are read")
     return np.array([row + [0] * ((L or longest) - len(row)) for row in rows])
 
+def text_states(cfg):
+    """The caption states in --text, memory-mapped; UserError where the file holds no array."""
+    with data.reading(f"--text {cfg.text}"):
+        states = np.load(cfg.text, mmap_mode="r")
+    common.need(isinstance(states, np.ndarray), f"--text {cfg.text}: must hold one array, as np.save writes")
+    return states
+
 def conditions(cfg, dataset):
     """The conditions of all images (M, ...), as GPT wants them, and an untrained GPT."""
     if cfg.condition == "class":
         return dataset.labels, GPT(cfg, torch.tensor(-1), classes=len(dataset.classes))
     if cfg.text:
-        states = np.load(cfg.text, mmap_mode="r") if Path(cfg.text).is_file() else np.zeros(0)
-        common.need(states.ndim == 3 and len(states) == len(dataset) + 1, f"--text {cfg.text}: must hold "
+        states = text_states(cfg)
+        fine = states.ndim == 3 and len(states) == len(dataset) + 1 and states.dtype.kind == "f"
+        common.need(fine, f"--text {cfg.text}: must hold "
                     f"({len(dataset) + 1}, L, S): states of the training captions, then of the empty one")
         return states, GPT(cfg, torch.tensor(states[-1]).float())
     common.need(dataset.captions, f"--condition text: {cfg.data} has no captions; give --text FILE.npy")
@@ -623,8 +669,14 @@ def conditions(cfg, dataset):
     return rows, GPT(cfg, torch.eye(rows.shape[1]).long()[0], words=words)     # empty: the start word alone
 
 def load(cfg, path):
-    """From any checkpoint: the averaged tokenizer, and the averaged GPT or None; both frozen."""
+    """From any checkpoint: the averaged tokenizer, and the averaged GPT or None; both frozen. UserError."""
     saved, device, gpt = common.read_checkpoint(path, "flextok"), common.device_of(cfg), None
+    with data.reading(path):
+        for name in {"ema", "tokenizer"} & {*saved["state"]}:
+            for key, value in saved["state"][name].items():
+                fine = value.isfinite().all()
+                common.need(fine, f"{path}: {name} {key} is not finite; take an earlier checkpoint")
+    common.need("ema" in saved["state"], f"{path}: holds no averaged weights")
     weights, ema = (saved["state"].get(name, saved["state"]["ema"]) for name in ("tokenizer", "ema"))
     tokenizer = Tokenizer(cfg, len(weights.get("align.5.bias", ()))).to(device).requires_grad_(False)
     common.load_into({"tokenizer": tokenizer}, {"state": {"tokenizer": weights}}, path)
@@ -733,13 +785,18 @@ def show_tokens(tokenizer, cfg, where):
     once = dataclasses.replace(cfg, euler=1, guidance=1.0)
     return ks, [(decoded(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks]
 
+def chosen_classes(cfg, K):
+    """The labels that --classes names; UserError where one is not below K."""
+    chosen = [*range(K)] if cfg.classes == "all" else [*map(int, cfg.classes.split(","))]
+    common.need(max(chosen) < K, f"--classes {cfg.classes}: labels are 0 to {K - 1}")
+    return chosen
+
 def show_samples(tokenizer, gpt, cfg, where):
     """generation.png: a row a class or caption, a column a prefix length; the nearest training image."""
     count, K = min(cfg.count, 10), cfg.registers if cfg.keep == "all" else int(cfg.keep)
     if gpt.classes:
         classes = range(len(gpt.classes.weight))
-        chosen = classes if cfg.classes == "all" else [*map(int, cfg.classes.split(","))]
-        common.need({*chosen} <= {*classes}, f"--classes {cfg.classes}: labels are 0 to {classes[-1]}")
+        chosen = chosen_classes(cfg, len(classes))
         known = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in classes]
         cond, names = np.resize(chosen, count), [known[k] for k in np.resize(chosen, count)]
     elif gpt.word_table:
@@ -747,7 +804,11 @@ def show_samples(tokenizer, gpt, cfg, where):
         names = [texts[i % len(texts)] for i in range(count)]
         cond = word_rows(names, bytes(gpt.words).decode().split(), len(gpt.empty))
     else:
-        cond, names = np.load(cfg.text, mmap_mode="r")[:count], [f"row {i}" for i in range(count)]
+        states = text_states(cfg)
+        fine = states.ndim == 3 and len(states) and states.shape[1:] == gpt.empty.shape
+        common.need(fine, f"--text {cfg.text}: states {states.shape[1:]}; the GPT reads {*gpt.empty.shape,}")
+        cond = states[np.arange(count) % len(states)]
+        names = [f"row {i}" for i in range(count)]
     u = torch.rand(count, K, generator=common.draws(cfg.seed, 0, "tokens"))
     ids = by_blocks(cfg, lambda c, n: generate(gpt, c, n, cfg), torch.tensor(cond), u)
     blind = cfg.sample or cfg.data.startswith("latents")        # no training images are at hand

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -667,6 +668,16 @@ def run(*argv):
     (["--stage", "ar"], "no runs/flextok/demo/tokenizer.pt; `python flextok.py --stage tokenizer --preset demo --name demo` makes it"),
     (["--euler", "0"], "--euler 0"),
     (["--stage", "ar", "--repa", "0", "--tokenizer", "no.pt"], "no.pt"),
+    (["--std", "0"], "--std 0"), (["--std", "nan"], "--std nan"), (["--guidance", "inf"], "--guidance inf"),
+    (["--ar_guidance", "inf"], "--ar_guidance inf"), (["--guidance", "nan"], "--guidance nan"), (["--crop", "inf"], "--crop inf"),
+    (["--temperature", "inf"], "--temperature inf"), (["--lr_ar", "nan"], "--lr_ar nan"), (["--shift", "-1"], "--shift -1"),
+    (["--levels", "\u00b2"], "--levels"), (["--levels", "8,\u0665"], "--levels"), (["--levels", "90000,90000"], "--levels 90000,90000"),
+    (["--classes", "\u0663"], "--classes"), (["--keep", "\u0663"], "--keep"), (["--classes", "30"], "labels are 0 to 9"),
+    (["--classes", "3,10"], "labels are 0 to 9"), (["--tokenizer", "x.pt"], "--tokenizer: goes with --stage ar"),
+    (["--text", "x.npy"], "--text: goes with"), (["--text", "x.npy", "--condition", "text"], "--text x.npy"),
+    (["--prompt", "a red star"], "--prompt: for a GPT that learns"), (["--condition", "text", "--classes", "3"], "--classes"),
+    (["--condition", "text", "--prompt", "two red circles"], "unknown words: circles two"),
+    (["--condition", "text", "--prompt", "a " * 60], "has 60 words"),
 ])
 def test_bad_input_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -683,6 +694,80 @@ def trained(tmp_path_factory):
         run(*TINY)
         run(*TINY, "--condition", "text", "--name", "text", "--objects", "2")
     return where / "runs" / "flextok"
+
+
+def images_file(path, count=40, **arrays):
+    """A pack of `count` pictures of 8 pixels, of two classes; arrays replace or add."""
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    np.savez(path, **{"images": pictures, "labels": np.arange(count) % 2, **arrays})
+
+
+def latents_file(path, **arrays):
+    """A pack of 20 latents of two classes, (4, 8, 8) each; arrays replace or add."""
+    g, shape = np.random.default_rng(0), (20, 4, 8, 8)
+    pack = {name: g.normal(size=shape).astype(np.float16) for name in ("latents", "logvar", "latents_flip", "logvar_flip")}
+    np.savez(path, **{"labels": np.arange(20) % 2, "scale": np.float32(0.5), **pack, **arrays})
+
+
+def test_what_the_data_lacks_is_said_before_training(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.Run, "steps", lambda run, start: pytest.fail("trained before the mistake was named"))
+    images_file("few.npz", 9)
+    images_file("two.npz")
+    latents_file("clips.npz", latents=np.zeros((20, 4, 8, 8, 8), np.float16), logvar=np.zeros((20, 4, 8, 8, 8), np.float16),
+                 latents_flip=np.zeros((20, 4, 8, 8, 8), np.float16), logvar_flip=np.zeros((20, 4, 8, 8, 8), np.float16))
+    np.save("states.npy", np.zeros((5, 3, 5), np.float16))
+    np.save("words.npy", np.zeros((37, 3, 5), int))
+    demo = str(trained / "demo/tokenizer.pt")
+    for words, said in ((["--data", "npz:few.npz"], "few.npz"),
+                        (["--data", "npz:two.npz", "--classes", "2"], "labels are 0 to 1"),
+                        (["--data", "npz:two.npz", "--condition", "text"], "npz:two.npz has no captions"),
+                        (["--data", "npz:two.npz", "--condition", "text", "--text", "states.npy"], "must hold (37, L, S)"),
+                        (["--data", "npz:two.npz", "--condition", "text", "--text", "words.npy"], "must hold (37, L, S)"),
+                        (["--data", "npz:two.npz", "--condition", "text", "--text", "two.npz"], "--text two.npz"),
+                        (["--data", "latents:clips.npz", "--channels", "4", "--repa", "0"], "square and still"),
+                        (["--stage", "ar", "--tokenizer", demo, "--levels", "5,8"], "--levels 5,8: "),
+                        (["--stage", "ar", "--tokenizer", demo, "--max_time", "1"], "--max_time 1.0: "),
+                        (["--stage", "ar", "--tokenizer", "two.npz"], "not a checkpoint")):
+        assert said in refused(run, [*TINY, *words], capsys), words
+    assert not (tmp_path / "runs/flextok").exists()
+
+
+@pytest.mark.parametrize("preset", flextok.PRESETS)
+def test_every_preset_runs_from_its_first_step_to_its_last_picture(preset, trained, tmp_path, monkeypatch):
+    """Narrow, short and on small files, but with the stages, conditions, teachers and laws that the preset asks for."""
+    monkeypatch.chdir(tmp_path)
+    asked = flextok.PRESETS[preset]
+    words = ["--preset", preset, *TINY[:-2], "--size", "8", "--name", "here", "--log", "1", "--save", "1"]
+    if asked.get("data") == "cifar10":
+        images_file("small.npz")
+        words += ["--data", "npz:small.npz"]
+    elif asked.get("data"):
+        latents_file("small.npz")
+        words += ["--data", "latents:small.npz"]
+    words += ["--channels", "3" if asked.get("channels") else "4"]
+    if asked.get("teacher"):
+        save_teacher("dinov2.pt2", Features(0, 4))
+    if asked.get("text"):
+        np.save("t5-xl.npy", np.random.default_rng(0).normal(size=(21, 3, 5)).astype(np.float16))
+    if asked.get("stage") == "ar":
+        run(*words, "--stage", "tokenizer", "--text", "", "--condition", "class")
+    run(*words)
+    made = {path.stem for path in (tmp_path / "runs/flextok/here").glob("*.pt")} - {"tokenizer-2", "ar-2"}
+    assert made == ({"tokenizer"} if asked.get("stage") == "tokenizer" else {"tokenizer", "ar"})
+
+
+def test_weights_that_are_not_finite_are_called_so(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved = torch.load(trained / "demo/ar.pt", weights_only=True)
+    for part, name in (("tokenizer", "encoder.registers"), ("ema", "head.weight")):
+        saved["state"][part][name][0, 0] = math.nan
+        torch.save(saved, "bad.pt")
+        assert f"bad.pt: {part} {name} is not finite" in refused(run, ["--sample", "bad.pt"], capsys)
+        saved["state"][part][name][0, 0] = 0.0
+    del saved["state"]["ema"]
+    torch.save(saved, "bad.pt")
+    assert "bad.pt: holds no averaged weights" in refused(run, ["--sample", "bad.pt"], capsys)
 
 
 def test_a_run_leaves_its_folder(trained):
@@ -762,7 +847,7 @@ def test_every_option_trains(argv, tmp_path, monkeypatch):
     assert (tmp_path / "runs/flextok/demo/prefixes.png").exists()
 
 
-def test_stage_ar_on_another_runs_tokenizer_and_on_states(trained, tmp_path, monkeypatch):
+def test_stage_ar_on_another_runs_tokenizer_and_on_states(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     states = np.zeros((201, 3, 5), np.float16)
     states[:, 0] = np.random.default_rng(0).normal(size=(201, 5))
@@ -773,6 +858,10 @@ def test_stage_ar_on_another_runs_tokenizer_and_on_states(trained, tmp_path, mon
     theirs = torch.load(checkpoint, weights_only=True)["state"]["ema"]
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     run("--sample", "runs/flextok/demo/ar.pt")
+    np.save("states.npy", states[:, :2])
+    assert "--text states.npy: states (2, 5); the GPT reads (3, 5)" in refused(run, ["--sample", "runs/flextok/demo/ar.pt"], capsys)
+    Path("states.npy").unlink()
+    assert "--text states.npy" in refused(run, ["--sample", "runs/flextok/demo/ar.pt"], capsys)
     np.save("states.npy", states[:5])
     with pytest.raises(SystemExit):
         run(*TINY, "--stage", "ar", "--tokenizer", checkpoint, "--condition", "text", "--text", "states.npy", "--name", "x")
@@ -781,24 +870,31 @@ def test_stage_ar_on_another_runs_tokenizer_and_on_states(trained, tmp_path, mon
 class Features(torch.nn.Module):
     """A teacher: S = 5 features of each quarter of the picture; as a list of places, or as a grid."""
 
-    def __init__(self, places):
+    def __init__(self, places, channels=3, last=None):
         super().__init__()
-        self.conv, self.places = torch.nn.Conv2d(3, 5, 4, stride=4), places
+        self.conv, self.places = torch.nn.Conv2d(channels, 5, 4, stride=4), places
+        self.last = last or torch.nn.Identity()
 
     def forward(self, x):
-        f = self.conv(x)
+        f = self.last(self.conv(x))
         return f.flatten(2).transpose(1, 2)[:, :self.places] if self.places else f
+
+
+def save_teacher(path, model, batch=None):
+    """The model as TorchScript (.pt) or by torch.export (.pt2), for any number of images or for `batch` alone."""
+    example = torch.randn(batch or 4, model.conv.in_channels, 8, 8)
+    if path.endswith(".pt"):
+        torch.jit.script(model).save(path)
+    else:
+        sizes = None if batch else ({0: torch.export.Dim("B")},)
+        torch.export.save(torch.export.export(model, (example,), dynamic_shapes=sizes), path)
 
 
 @pytest.mark.parametrize("kind", ["pt", "pt2"])
 def test_teacher_from_a_file(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for places in (0, 4, 3):
-        model, example = Features(places), torch.randn(4, 3, 8, 8)
-        if kind == "pt":
-            torch.jit.trace(model, example).save("teacher.pt")
-        else:
-            torch.export.save(torch.export.export(model, (example,)), "teacher.pt2")
+        save_teacher(f"teacher.{kind}", Features(places))
         words = [*TINY, "--teacher", f"teacher.{kind}", "--stage", "tokenizer", "--name", f"t{places}"]
         if places == 3:
             with pytest.raises(SystemExit) as stop:
@@ -810,11 +906,34 @@ def test_teacher_from_a_file(kind, tmp_path, monkeypatch, capsys):
             assert len(state["align.5.bias"]) == 5
 
 
+@pytest.mark.parametrize("kind", ["pt", "pt2"])
+def test_a_teacher_from_a_file_is_frozen(kind, tmp_path, monkeypatch, capsys):
+    """Saved in training mode, with dropout or batch norm: TorchScript is set to eval(), torch.export can only be refused."""
+    monkeypatch.chdir(tmp_path)
+    for last in (torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(5)):
+        save_teacher(f"teacher.{kind}", Features(0, last=last).train())
+        words = [*TINY, "--teacher", f"teacher.{kind}", "--stage", "tokenizer"]
+        if kind == "pt2":
+            assert "save it after .eval()" in refused(run, words, capsys)
+            continue
+        features = flextok.teacher(dataclasses.replace(config(size=8), repa=1.0, teacher="teacher.pt"))
+        x = torch.randn(3, 3, 8, 8)
+        assert torch.equal(features(x), features(x)) and torch.equal(features(x)[:1], features(x[:1]))
+        before = torch.get_rng_state()
+        flextok.teacher(dataclasses.replace(config(size=8), repa=1.0, teacher="teacher.pt"))
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_teacher_for_one_size_of_batch_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_teacher("teacher.pt2", Features(0), batch=4)
+    assert "--teacher teacher.pt2" in refused(run, [*TINY, "--teacher", "teacher.pt2"], capsys)
+    assert not (tmp_path / "runs/flextok").exists()
+
+
 def test_latents_train_and_sample(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    g = np.random.default_rng(0)
-    pack = {name: g.normal(size=(20, 4, 8, 8)).astype(np.float16) for name in ("latents", "logvar", "latents_flip", "logvar_flip")}
-    np.savez("pack.npz", labels=np.arange(20) % 2, scale=np.float32(0.5), **pack)
+    latents_file("pack.npz")
     run(*TINY, "--data", "latents:pack.npz", "--channels", "4", "--repa", "0")
     run("--sample", "runs/flextok/demo/ar.pt", "--classes", "1", "--guidance", "2")
     with pytest.raises(SystemExit):
