@@ -472,17 +472,30 @@ def spaced(char, cased):
     alone = re.match(HAN, char) or kind[0] == "P" or "!" <= char <= "~" and not char.isalnum()
     return f" {char} " if alone else char
 
+def read_vocabulary(path):
+    """{token: id}, and whether the file itself says that case does not count (None: it says nothing).
+
+    vocab.txt: one token a line, its line number is its id. tokenizer.json: what transformers 5 writes.
+    """
+    path = Path(path)
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix != ".json":
+            return {token: i for i, token in enumerate(text.split("\n")) if token}, None
+        stored = json.loads(text)
+        model, normalizer = stored["model"], stored.get("normalizer") or {}
+        need(model["type"] == "WordPiece", f"{path}: a {model['type']} vocabulary where WordPiece is wanted")
+        return {str(token): int(i) for token, i in model["vocab"].items()}, normalizer.get("lowercase")
+
 class WordPiece:
     """BERT's tokenizer. `ids`: a token's id, its line in vocab.txt. Whether case and accents count says
     do_lower_case in tokenizer_config.json beside that file, or else `cased`."""
     def __init__(self, path, cased=False):
         about = Path(path).with_name("tokenizer_config.json")
-        with reading(path):
-            tokens = Path(path).read_text(encoding="utf-8").split("\n")
+        self.ids, said = read_vocabulary(path)
         with reading(about):
             known = json.loads(about.read_text(encoding="utf-8") if about.exists() else "{}")
-        self.cased = not known.get("do_lower_case", not cased)
-        self.ids = {token: i for i, token in enumerate(tokens) if token}
+        self.cased = not known.get("do_lower_case", not cased if said is None else said)
         missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - self.ids.keys()
         need(not missing, f"{path}: no WordPiece vocabulary: lacks {', '.join(sorted(missing))}")
         self.pieces = functools.lru_cache(maxsize=None)(self.pieces)

@@ -86,7 +86,7 @@ class Config:
     gpus: int = 1                                    # processes, one a GPU; without GPUs they share the CPU
     device: str = "auto"                             # auto, cpu or cuda
     bf16: bool = False                               # refused: SlimFit's formats start from fp32
-    compile: bool = False                            # torch.compile for the blocks, again for every mask
+    compile: bool = False                            # refused: torch would compile for every set that trains
     name: str = ""                                   # run folder runs/slimfit/NAME; default: the preset
     resume: bool = False                             # go on from the run's checkpoint
     sample: str = ""                                 # checkpoint to evaluate, instead of training
@@ -133,8 +133,11 @@ def stock(cfg):
 def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     need = common.need
-    for name in ("depth", "width", "heads", "image", "patch", "classes", "words", "length"):
+    for name in ("depth", "width", "heads", "image", "patch", "classes", "words", "positions", "length"):
         need(getattr(cfg, name) >= 1, f"--{name} {getattr(cfg, name)}: must be at least 1")
+    for name in ("pretrain", "full_lr", "decay"):
+        need(0 <= getattr(cfg, name) < math.inf, f"--{name} {getattr(cfg, name)}: must be 0 or above")
+    need(0 < cfg.eps < math.inf, f"--eps {cfg.eps}: must be above 0")
     for name in ("rate", "dropout", "attention_dropout"):
         need(0 <= getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)}: must lie in [0, 1)")
     need(0 < cfg.keep <= 1, f"--keep {cfg.keep}: must lie in (0, 1]")
@@ -142,17 +145,33 @@ def check(cfg):
     need(cfg.image % cfg.patch == 0, f"--patch {cfg.patch}: must divide --image {cfg.image}")
     need(cfg.length <= cfg.positions, f"--length {cfg.length}: only {cfg.positions} positions are known")
     need(not cfg.bf16, "--bf16: SlimFit trains in fp32, from which its formats start; leave it out")
+    need(not cfg.compile, "--compile: torch would compile again for every set of tensors that trains, and be "
+         "slower once it gives up; leave it out")
     need(re.fullmatch(r"((0?\.\d+|0)(,|$))*", cfg.compare), f"--compare {cfg.compare}: write as 0.75,0.9")
     if not cfg.plan:
         need(cfg.target == "class", f"--target {cfg.target}: has no reader here; add --plan")
-        fits = cfg.data.startswith("glue:") == (cfg.family == "bert")
+        fits = cfg.data.startswith("glue:") == (cfg.family == "bert") and not cfg.data.startswith("latents:")
         need(fits, f"--data {cfg.data}: not for --family {cfg.family}")
         need(cfg.weights or cfg.pretrain or cfg.sample, "give --weights PATH, a pre-trained model")
 
 def prepare(cfg):
-    """Once, before the processes start: the data can be read."""
-    if not cfg.plan:
-        open_task(cfg, "test")
+    """Once, before the processes start: each split that the run reads is there, and they fit one another."""
+    if cfg.plan:
+        return
+    splits = ["test"] if cfg.sample else ["train", "test"]
+    names = {}
+    for split in splits:
+        _, labels, names[split] = open_split(cfg, split)
+        found = len(names[split])
+        common.need(found <= cfg.classes, f"--classes {cfg.classes}: {cfg.data} has {found}")
+        for half in ([1, 2] if cfg.pretrain else [0]):
+            which = ("", "the first half of ", "the second half of ")[half]
+            common.need(len(class_half(labels, found, half)),
+                        f"{cfg.data}: split {split} has no sample of {which}its {found} classes")
+    same = len({tuple(given) for given in names.values()}) == 1
+    common.need(same, f"{cfg.data}: train and test must have the same classes, but {names}")
+    if cfg.family == "bert":
+        vocabulary(cfg)
 
 # --- Building blocks ---------------------------------------------------------
 # A format is (i, f, dtype): numbers of i bits before and f bits behind the point, and a sign. It is fixed: no
@@ -203,7 +222,7 @@ def largest(x, K):
         index = flat.abs().topk(K, sorted=False).indices
         return flat[index], index.int()
     flat = flat.numpy()                                       # the same set; numpy selects 5 times faster
-    index = np.argpartition(np.abs(flat), -K)[-K:]
+    index = np.argpartition(np.abs(flat), -K)[len(flat) - K:]                            # K may be 0
     return torch.from_numpy(flat[index]), torch.from_numpy(index.astype(np.int32))      # (K), (K)
 
 class Dense8(torch.autograd.Function):
@@ -429,10 +448,24 @@ def read_weights(path):
     with data.reading(found[0]):
         return {our_name(name): tensor for name, tensor in readers[found[0].suffix](found[0]).items()}
 
+def resize_positions(table, tokens):
+    """A ViT's position table, (1, 1 + n^2, d) or, without the class token's row, (1, n^2, d), resized
+    bicubically to `tokens` rows with one. A class token without a row gets zeros: nothing was added to it."""
+    rows, new = table.shape[1], math.isqrt(tokens - 1)
+    old = math.isqrt(rows)
+    first = table.new_zeros(1, 1, table.shape[2])
+    if old * old != rows:
+        old, first, table = math.isqrt(rows - 1), table[:, :1], table[:, 1:]
+    common.need(old * old == table.shape[1], f"position has {rows} rows, not n^2 or 1 + n^2")
+    grid = table.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    if old != new:
+        grid = F.interpolate(grid, (new, new), mode="bicubic")
+    return torch.cat([first, grid.flatten(2).mT], 1)
+
 @torch.no_grad()
 def load_weights(model, state, path):
-    """Copy {our name: tensor} into the model. A head of another shape stays new, a ViT's position table is
-    resized bicubically (without the class token's row); all else must fit, or it is a UserError."""
+    """Copy {our name: tensor} into the model; all must fit, or it is a UserError. New are a head of another
+    shape and, aloud, a pooler that is not there; a ViT's position table may be resized."""
     own = dict(model.named_parameters())
     lost = [name for name in state if name.startswith("blocks.") and name not in own]
     common.need(not lost, f"{path}: {lost[:1]} has no place in this model; see --depth and --scaled")
@@ -440,13 +473,16 @@ def load_weights(model, state, path):
         value = state.get(name)
         if name.startswith("head.") and (value is None or value.shape != p.shape):
             continue
+        if name.startswith("pooler.") and "pooler.weight" not in state:
+            if name == "pooler.weight" and common.rank() == 0:
+                print(f"{path}: has no pooler; a new one is drawn", flush=True)
+            nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.zeros_(p)
+            continue
         common.need(value is not None, f"{path}: lacks {name}")
+        common.need(value.isfinite().all(), f"{path}: {name} holds NaN or infinity")
         # our choice: pictures of another size; the authors' checkpoints have the size of their pictures
         if name == "position" and value.ndim == 3 and value.shape[1] != p.shape[1]:
-            old, new = math.isqrt(value.shape[1] - 1), math.isqrt(p.shape[1] - 1)
-            grid = value[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, (new, new), mode="bicubic").flatten(2).mT
-            value = torch.cat([value[:, :1], grid], 1)
+            value = resize_positions(value, p.shape[1])
         common.need(value.shape == p.shape, f"{path}: {name} is {list(value.shape)}, not {list(p.shape)}")
         p.copy_(value)
 
@@ -459,16 +495,6 @@ def loss(model, batch, draws=None):
     if model.cfg.target == "score":
         return F.mse_loss(logits[:, 0], labels)
     return F.cross_entropy(logits, labels, ignore_index=logits.shape[1])        # K, which no class label is
-
-def best_span(start, end, passage, longest=30):
-    """SQuAD 2.0's answer from the logits (B, T) of both ends: (first, last, score, no-answer score), all (B).
-    The ends lie in the passage (B, T, bool), first <= last, at most `longest` tokens. "No answer"
-    scores as token 0 does for both ends, and is the answer where it scores more."""
-    near = torch.ones(2 * start.shape[1:], dtype=torch.bool, device=start.device).triu().tril(longest - 1)
-    fits = near & passage[:, :, None] & passage[:, None]                                # (B, T, T)
-    scores = (start[:, :, None] + end[:, None]).masked_fill(~fits, -math.inf)           # (B, T, T)
-    score, index = scores.flatten(1).max(1)                                             # (B), (B)
-    return index // start.shape[1], index % start.shape[1], score, start[:, 0] + end[:, 0]
 
 # --- Sampling ----------------------------------------------------------------
 # What this method samples, at every step, is the set of tensors that train; then: how, and what it costs.
@@ -628,28 +654,47 @@ def memory_account(model, cfg, B, active):
     return account | {"total": account["no moments"] + account["moments"]}
 
 # --- Training ----------------------------------------------------------------
+def open_split(cfg, split):
+    """(source, labels, names) of a split: texts, or data.Data; each one's class; the names of the classes."""
+    if cfg.family == "bert":
+        _, task, path = f"{cfg.data}::".split(":", 2)
+        return data.glue(task, path.rstrip(":"), split)
+    size = cfg.image if cfg.data.startswith(("shapes", "folder:")) else 0
+    found = data.open_data(cfg.data, split, size, count=10_000 if split == "train" else 4_000)
+    return found, found.labels, found.classes
+
+def class_half(labels, K, half):
+    """Positions of the samples of the first (1) or second half (2) of the K classes; 0: of all samples."""
+    second = np.asarray(labels) >= K // 2
+    return np.flatnonzero((half == 0) | (second == (half == 2)))
+
+def vocabulary(cfg):
+    """The vocabulary beside --weights: *vocab.txt or, as transformers 5 writes it, tokenizer.json."""
+    beside = Path(cfg.weights) if Path(cfg.weights).is_dir() else Path(cfg.weights).parent
+    found = [*sorted(beside.glob("*vocab.txt")), *beside.glob("tokenizer.json")]
+    common.need(found, f"{beside / 'vocab.txt'}: neither this nor tokenizer.json is there")
+    words = data.WordPiece(found[0], cfg.cased)
+    rows = max(words.ids.values()) + 1
+    common.need(rows == cfg.words, f"--words {cfg.words}: the vocabulary has {rows}")
+    return words
+
 def open_task(cfg, split, half=0):
     """(fetch, rows, names): fetch(rows) -> (inputs, labels) of samples, on the CPU; all rows; class names.
     half 1 or 2: only the rows of the first or second half of the classes (the demo pre-trains on one)."""
+    source, labels, names = open_split(cfg, split)
+    rows = class_half(labels, len(names), half)
     if cfg.family == "bert":
-        task, path = (cfg.data.split(":", 2) + [""])[1:3]
-        texts, labels, names = data.glue(task, path, split)
-        beside = Path(cfg.weights) if Path(cfg.weights).is_dir() else Path(cfg.weights).parent
-        words = data.WordPiece(min(beside.glob("*vocab.txt"), default=beside / "vocab.txt"), cfg.cased)
-        common.need(len(words.ids) == cfg.words, f"--words {cfg.words}: the vocabulary has {len(words.ids)}")
-        ids = torch.tensor([words.encode(*([t] if type(t) is str else t), length=cfg.length) for t in texts])
-        return lambda rows: (ids[rows].unbind(1), torch.from_numpy(labels[rows])), np.arange(len(ids)), names
-    size = cfg.image if cfg.data.startswith(("shapes", "folder:")) else 0
-    found = data.open_data(cfg.data, split, size, count=10_000 if split == "train" else 4_000)
+        words = vocabulary(cfg)
+        ids = torch.tensor([words.encode(*([t] if type(t) is str else t), length=cfg.length) for t in source])
+        return lambda rows: (ids[rows].unbind(1), torch.from_numpy(labels[rows])), rows, names
     shift, spread = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     def fetch(rows):
-        x = found.pixels(rows)
-        if size == 0:
+        x = source.pixels(rows)
+        if x.shape[-1] != cfg.image:
             x = F.interpolate(x, (cfg.image, cfg.image), mode="bilinear", antialias=True)
         x = ((x + 1) / 2 - shift) / spread if cfg.pixels == "imagenet" else x
-        return (x.to(shift.dtype),), torch.from_numpy(found.labels[rows])
-    side = (found.labels >= len(found.classes) // 2) + 1
-    return fetch, np.flatnonzero((side == half) | (half == 0)), found.classes
+        return (x.to(shift.dtype),), torch.from_numpy(labels[rows])
+    return fetch, rows, names
 
 @torch.no_grad()
 def evaluate(model, cfg, half=0):
@@ -674,10 +719,9 @@ def tune(cfg, arm, stage, steps, weights, half=0):
     The row sets the measured bytes of the last step beside the formula's; on CUDA also the allocator's peak,
     which holds buffers, too, that live only for a moment: the paper's figures are such peaks."""
     device = common.device_of(cfg)
-    fetch, rows, names = open_task(cfg, "train", half)
-    common.need(len(names) <= cfg.classes, f"--classes {cfg.classes}: {cfg.data} has {len(names)}")
+    fetch, rows, _ = open_task(cfg, "train", half)
     draws = [common.draws(cfg.seed, epoch, "data") for epoch in range(-(-steps * cfg.batch // len(rows)))]
-    order = torch.cat([torch.randperm(len(rows), generator=draw) for draw in draws])    # one an epoch
+    order = torch.cat([torch.randperm(len(rows), generator=draw) for draw in draws]).numpy()    # one an epoch
     run = common.Run(cfg, stage, steps)
     torch.manual_seed(common.draws(cfg.seed, half, "weights").initial_seed())
     model = Encoder(arm)

@@ -754,18 +754,6 @@ def test_losses():
     assert torch.allclose(slimfit.loss(model, (inputs, y)), (model(*inputs)[:, 0] - y).square().mean())
 
 
-def test_best_span():
-    start, end = rand(4, 9), rand(4, 9, seed=1)
-    passage = torch.ones(4, 9, dtype=torch.bool)
-    passage[:, :2] = passage[1:, 7:] = False
-    first, last, score, none = slimfit.best_span(start, end, passage, longest=3)
-    for b in range(4):
-        fits = [(start[b, i] + end[b, j], i, j) for i in range(9) for j in range(i, min(9, i + 3))
-                if passage[b, i] and passage[b, j]]
-        best, i, j = max(fits)
-        assert (score[b], first[b], last[b]) == (best, i, j) and none[b] == start[b, 0] + end[b, 0]
-
-
 class Guess(torch.nn.Module):
     """A 'model' whose logits are planned."""
 
@@ -871,7 +859,30 @@ def test_position_table_is_resized():
     assert torch.allclose(model.position, torch.tensor(0.5))
 
 
+@pytest.mark.parametrize("side", [2, 4])
+def test_position_table_without_a_class_token(side):
+    """The class token gets zeros; the grid is taken as it is, or resized like one with a class token."""
+    model = network(config())
+    grid = rand(1, side * side, 16, dtype=torch.float32)
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    slimfit.load_weights(model, {**state, "position": grid}, "x")
+    assert not model.position[:, 0].any()
+    resized = F.interpolate(grid.view(1, side, side, 16).permute(0, 3, 1, 2), (2, 2), mode="bicubic")
+    assert torch.allclose(model.position[0, 1:], resized[0].permute(1, 2, 0).reshape(4, 16))
+    with pytest.raises(common.UserError, match=r"position has 7 rows, not n\^2 or 1 \+ n\^2"):
+        slimfit.load_weights(model, {**state, "position": grid.new_zeros(1, 7, 16)}, "x")
+
+
+def test_a_share_so_small_that_nothing_is_kept():
+    x, gain, bias = rand(1, 3, 8).requires_grad_(), torch.ones(8).double(), torch.zeros(8).double().requires_grad_()
+    y, size = slimfit.saved_bytes(lambda: slimfit.Norm.apply(x, gain, bias, 1e-12, 0.01), [gain, bias])
+    assert size == 8 * 3                                      # one 1 / sigma a token, and no value
+    y.sum().backward()
+    assert torch.allclose(x.grad, torch.zeros_like(x), atol=1e-12)      # h - mean(h) of h = 1
+
+
 @pytest.mark.parametrize("change, message", [
+    (lambda s: s["norm.weight"].fill_(math.nan), "norm.weight holds NaN or infinity"),
     (lambda s: s.pop("blocks.1.key.weight"), "lacks blocks.1.key.weight"),
     (lambda s: s.update({"blocks.0.out.weight": torch.zeros(3, 3)}), r"blocks.0.out.weight is \[3, 3\], not \[16, 16\]"),
     (lambda s: s.update({"word.weight": torch.zeros(7, 16)}), r"word.weight is \[7, 16\], not \[20, 16\]"),
@@ -925,13 +936,17 @@ def command(*words):
     ("--rate 1", "--rate 1.0: must lie in [0, 1)"), ("--rate -0.1", "--rate -0.1: must lie"),
     ("--image 30", "--patch 4: must divide --image 30"), ("--heads 3", "--heads 3: must divide --width 64"),
     ("--preset mrpc --length 600", "--length 600: only 512 positions"), ("--keep 0", "--keep 0.0: must lie in (0, 1]"),
-    ("--bf16", "--bf16: SlimFit trains in fp32"), ("--compare 0.5,1.5", "--compare 0.5,1.5: write as"),
+    ("--bf16", "--bf16: SlimFit trains in fp32"), ("--compile", "--compile: torch would compile again"),
+    ("--full_lr -1", "--full_lr -1.0: must be 0 or above"), ("--decay -1", "--decay -1.0: must be 0 or above"),
+    ("--decay nan", "--decay nan: must be 0 or above"), ("--full_lr inf", "--full_lr inf: must be 0 or above"),
+    ("--pretrain -1", "--pretrain -1: must be 0 or above"), ("--eps nan", "--eps nan: must be above 0"),
+    ("--keep nan", "--keep nan: must lie in"), ("--data latents:x.npz", "--data latents:x.npz: not for --family vit"), ("--compare 0.5,1.5", "--compare 0.5,1.5: write as"),
     ("--preset squad", "--target span: has no reader here; add --plan"),
     ("--preset stsb --weights x", "--target score: has no reader here"),
     ("--preset cifar10 --data shapes", "give --weights PATH"), ("--preset mrpc --data shapes", "not for --family bert"),
     ("--depth 0", "--depth 0: must be at least 1"), ("--data glue:MRPC:x", "--data glue:MRPC:x: not for --family vit"),
     ("--classes 3 --steps 1 --pretrain 1 --width 16 --depth 1 --image 8", "--classes 3: shapes has 10"),
-    ("--preset minilm --weights nowhere.bin", "glue/MRPC/dev.tsv"), ("--preset mnli --weights x", "glue:MNLI: give one of"),
+    ("--preset minilm --weights nowhere.bin", "glue/MRPC/train.tsv"), ("--preset mnli --weights x", "glue:MNLI: give one of"),
     ("--preset small --data shapes --weights nowhere --steps 1", "--weights nowhere: no .safetensors, .bin or .npz")])
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -940,6 +955,7 @@ def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
 
 def glue_folder(where, rows=12, broken=False):
     """A tiny MRPC beside a vocabulary and a small BERT's weights."""
+    where.mkdir(exist_ok=True)
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c ##d cat dog sat . ,".split()
     (where / "vocab.txt").write_text("\n".join(words) + "\n")
     folder = where / "glue" / "MRPC"
@@ -967,7 +983,7 @@ def test_text_run_from_a_folder(tmp_path, monkeypatch, capsys):
     command("--sample", "runs/slimfit/run/last.pt")
     found = capsys.readouterr().out
     assert f"{rows['last']['accuracy']:.3f}" in found and "weights" in found
-    for change, message in ((("--words", "15"), "the vocabulary has 14"), (("--weights", "no/x.bin"), "no/vocab.txt")):
+    for change, message in ((("--words", "15"), "the vocabulary has 14"), (("--weights", "no/x.bin"), "no/vocab.txt: neither this nor")):
         with pytest.raises(SystemExit):
             command(*words, "--steps", "2", *change)
         assert message in capsys.readouterr().err
@@ -1002,6 +1018,99 @@ def test_case_of_a_vocabulary(cased, said, tmp_path):
     cfg = common.cli(slimfit.Config, slimfit.PRESETS, slimfit.__doc__, [*words, "--words", "13", "--cased" if cased else "--no-cased"])
     (ids, types, keep), _ = slimfit.open_task(cfg, "test")[0](np.array([1]))
     assert (8 if said == "false" or cased and not said else 7) in ids[0].tolist()
+
+
+@pytest.mark.parametrize("config_file, normalizer, cased, dog", [
+    (None, True, True, 7), (None, False, False, 8), ({"do_lower_case": True}, False, True, 7), (None, None, True, 8),
+    ({"do_lower_case": False}, True, False, 8), ({}, None, False, 7)])
+def test_vocabulary_as_transformers_5_writes_it(config_file, normalizer, cased, dog, tmp_path):
+    """tokenizer.json alone, its entries in any order; case: tokenizer_config.json, else the normalizer, else --cased."""
+    words = glue_folder(tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    ids = {w: i for i, w in enumerate("[PAD] [UNK] [CLS] [SEP] [MASK] a cat dog Dog sat . , b ##s".split())}
+    stored = {"version": "1.0", "added_tokens": [{"id": 0, "content": "[PAD]", "special": True}],
+              "normalizer": None if normalizer is None else {"type": "BertNormalizer", "lowercase": normalizer},
+              "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                        "max_input_chars_per_word": 100, "vocab": dict(sorted(ids.items()))}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    if config_file is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config_file))
+    cfg = common.cli(slimfit.Config, slimfit.PRESETS, slimfit.__doc__, [*words, "--cased" if cased else "--no-cased"])
+    found = slimfit.vocabulary(cfg)
+    assert found.ids == ids
+    assert found.encode("Dog cats")[0] == [2, dog, 6, 13, 3]
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"model": {"type": "BPE", "vocab": {}}}', "a BPE vocabulary where WordPiece is wanted"),
+    ('{"model"', "cannot be read"), ('{"model": {"type": "WordPiece", "vocab": {"a": 0}}}', "lacks [CLS]")])
+def test_a_foreign_tokenizer_is_one_line(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = glue_folder(tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    (tmp_path / "tokenizer.json").write_text(text)
+    said = refused(command, [*words, "--steps", "1"], capsys)
+    assert "tokenizer.json: " in said and message in said
+
+
+def test_paths_with_spaces_and_a_checkpoint_without_pooler(tmp_path, monkeypatch, capsys):
+    """Everything lies in such a folder; the pooler is drawn anew, aloud: N(0, 0.02), bias 0."""
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "märz 春 [1]: a b"
+    place.mkdir()
+    words = glue_folder(place)
+    state = torch.load(place / "pytorch_model.bin", weights_only=True)
+    torch.save({name: x for name, x in state.items() if "pooler" not in name}, place / "pytorch_model.bin")
+    command(*words, "--steps", "1", "--name", "run")
+    said = capsys.readouterr().out
+    assert said.count("has no pooler; a new one is drawn") == 1
+    cfg = texts(words=14, positions=16, width=128, heads=2)
+    model, other = network(cfg), network(cfg, seed=3)
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if not name.startswith("pooler")}
+    slimfit.load_weights(other, state, "x")
+    assert torch.equal(other.word.weight, model.word.weight) and not other.pooler.bias.any()
+    assert abs(other.pooler.weight.std() - 0.02) < 1e-3
+
+
+def test_batch_1_trains(tmp_path, monkeypatch):
+    """On pictures and on texts, also with more samples asked for than an epoch has."""
+    monkeypatch.chdir(tmp_path)
+    command("--image", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "2", "--pretrain", "1",
+            "--compare", "0.5", "--batch", "1")
+    command(*glue_folder(tmp_path, rows=2), "--steps", "3", "--batch", "1", "--name", "texts")
+    command(*glue_folder(tmp_path / "few", rows=1), "--steps", "2", "--batch", "4", "--name", "few")
+
+
+def stub(labels, classes, side=8):
+    """data.open_data that answers with pictures of one colour a class."""
+    def opened(spec, split, size, count=0):
+        own = np.array(labels[split])
+        pictures = np.broadcast_to((own * 80)[:, None, None, None], (len(own), 3, side, side)).astype(np.uint8)
+        return data.Data(pictures, own, classes[split], None, spec)
+    return opened
+
+
+@pytest.mark.parametrize("labels, classes, pretrain, message", [
+    ({"train": [0, 1], "test": [0]}, {"train": "ab", "test": "b"}, 0, "train and test must have the same classes"),
+    ({"train": [0, 0], "test": [0]}, {"train": "a", "test": "a"}, 1, "split train has no sample of the first half of its 1 classes"),
+    ({"train": [0, 1], "test": [0, 0]}, {"train": "ab", "test": "ab"}, 1, "split test has no sample of the second half"),
+    ({"train": [0, 1, 2], "test": [0]}, {"train": "abc", "test": "abc"}, 0, "--classes 2: folder:x has 3")])
+def test_splits_are_held_together_before_training(labels, classes, pretrain, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "open_data", stub(labels, {split: [*names] for split, names in classes.items()}))
+    words = ["--data", "folder:x", "--image", "8", "--width", "16", "--depth", "1", "--heads", "2", "--classes", "2",
+             "--pretrain", str(pretrain), "--weights", "x", "--compare", ""]
+    assert message in refused(command, words, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_that_test_lacks_keeps_its_place(monkeypatch):
+    """Predictions are compared with the train split's numbers, whatever classes the test split shows."""
+    labels = {"train": [0, 1, 2], "test": [2, 2, 0]}
+    monkeypatch.setattr(data, "open_data", stub(labels, {"train": [*"abc"], "test": [*"abc"]}))
+    cfg = config(data="folder:x", classes=3, image=8)
+    model = Guess(F.one_hot(torch.tensor([2, 2, 0]), 3).float())
+    assert slimfit.evaluate(model, cfg)["accuracy"] == 1
 
 
 def test_broken_glue_row_names_its_line(tmp_path, monkeypatch, capsys):

@@ -54,7 +54,6 @@ def slimfit_extra(slimfit):
     ids, keep = torch.randint(30, (2, 8)), torch.ones(2, 8)
     for target in ("class", "span"):
         slimfit.Encoder(dataclasses.replace(cfg, target=target))(ids, ids % 2, keep)
-    slimfit.best_span(torch.randn(2, 8), torch.randn(2, 8), keep.bool())
     slimfit.pack4(torch.randn(5))
 
 
