@@ -30,6 +30,9 @@ Read in this order: Encoder, Decoder, loss_ae, loss_decoder, loss_dit, sample, t
 
 import copy
 import math
+import shutil
+import tempfile
+import zipfile
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -149,12 +152,15 @@ def check(cfg):
     for name, value in vars(cfg).items():
         low, part = least.get(name, 0), parts.get(name)
         need(isinstance(value, str) or value >= low, f"--{name} {value}: must be at least {low}")
+        need(not isinstance(value, float) or value < math.inf, f"--{name} {value}: must be a finite number")
         need(not part or value % part == 0, f"--{name} {value}: must be a multiple of {part}")
     need(max(cfg.ema, cfg.eta) <= 1, f"--ema {cfg.ema} --eta {cfg.eta}: must be at most 1")
     need(cfg.size & cfg.size - 1 == 0 or cfg.stage in ("ae", "dit") or cfg.sweep,
          f"--size {cfg.size}: the discriminator needs a power of two; --stage ae and --stage dit do not")
-    need(cfg.classes == "all" or all(map(str.isdecimal, cfg.classes.split(","))),
-         f"--classes {cfg.classes}: write all, or labels as 3,5")
+    need(not cfg.sweep or cfg.sweep.strip(),
+         f"--sweep {cfg.sweep!r}: write MODEL:c,c,... as in '/8:4,8 S-B/16:16'")
+    if cfg.classes != "all":
+        chosen_classes(cfg, math.inf)
     need(cfg.sample or not cfg.export + cfg.decode, "--export and --decode go with --sample CHECKPOINT")
     need(first.exists() or cfg.stage in ("all", "ae") or cfg.sample,
          f"--stage {cfg.stage}: {first} is missing; run --stage ae first")
@@ -182,7 +188,12 @@ def judge(cfg, role):
 def prepare(cfg):
     """Once, before the processes start: downloads, packing, the teacher or the VGG file."""
     if not (cfg.sample or cfg.plan):
-        open_split(cfg, "train", 10)
+        still = replace(cfg, frames=1)
+        for split, opened, least in (("train", cfg, 1), ("test", cfg, 1), ("judge", still, 2)):
+            found = open_split(opened, split, 10)
+            common.need(len(found) >= least,
+                        f"--data {cfg.data}: {len(found)} pictures are too few for {split}")
+        chosen_classes(cfg, len(found.classes))
         perceptual_loss(cfg, "cpu")
 
 # --- Building blocks ---------------------------------------------------------
@@ -212,10 +223,17 @@ def rope_angles(place, d):
     rates = [10_000.0 ** (-torch.arange(n, device=place.device).double() / n) for n in pairs]
     return torch.cat([place[:, i:i + 1] * rate for i, rate in enumerate(rates)], 1)
 
-def waves(position, D):
-    """Cosines, then sines of 1-D positions (N,): diffusion times, and the latent variant's frozen tokens."""
-    angles = rope_angles(position[:, None], D)
-    return torch.cat((angles.cos(), angles.sin()), 1).float()                                         # (N, D)
+def waves(time, D):
+    """Cosines, then sines of diffusion times (B,), the rates as in RoPE (official code)."""
+    angles = rope_angles(time[:, None], D)
+    return torch.cat((angles.cos(), angles.sin()), 1).float()                                         # (B, D)
+
+def frozen_tokens(N, D):
+    """The latent variant's frozen tokens: sines, then cosines of their numbers (official code). The n = D/2
+    rates run from 1 to 1/10000, both included: 10000^(-i/(n - 1)), where RoPE has n."""
+    rates = 10_000.0 ** (-torch.arange(D // 2).double() / (D // 2 - 1))
+    angles = torch.arange(N)[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), 1).float()                                         # (N, D)
 
 def rotate(x, cos, sin):
     """Turn adjacent pairs of x (B, H, N, d) by their token's angle, cos and sin (N, d/2); never in bf16."""
@@ -278,7 +296,7 @@ class Encoder(nn.Module):
         s = sizes(cfg)
         D, self.q, self.p, self.tokens, self.channels = s.encoder[0], s.q, s.p, s.tokens, cfg.channels
         self.embed = nn.Linear(3 * s.q * s.p**2, D)
-        self.register_buffer("queries", waves(torch.arange(cfg.latents), D), persistent=False)
+        self.register_buffer("queries", frozen_tokens(cfg.latents, D), persistent=False)
         self.trunk = Trunk(s.encoder, places(s.grid, cfg.rope, cfg.latents), cfg)
         self.to_code = nn.Linear(D, (1 + cfg.variational) * cfg.channels)
     def forward(self, x):
@@ -298,7 +316,7 @@ class Decoder(nn.Module):
         D, self.q, self.p, self.grid, N = s.decoder[0], s.q, s.p, s.grid, math.prod(s.grid)
         self.blank = nn.Parameter(torch.zeros(cfg.channels)) if cfg.masked else None
         self.from_code = nn.Linear(cfg.channels, D)
-        self.register_buffer("masks", waves(torch.arange(N if cfg.latents else 0), D), persistent=False)
+        self.register_buffer("masks", frozen_tokens(N if cfg.latents else 0, D), persistent=False)
         self.trunk = Trunk(s.decoder, places(s.grid, cfg.rope, cfg.latents), cfg)
         self.to_pixels = nn.Linear(D, 3 * s.q * s.p**2, bias=False)
         self.colour = nn.Parameter(torch.zeros(3, 1, 1, 1))
@@ -358,7 +376,8 @@ class Discriminator(nn.Module):
         C = [D * 32 // max(2**k, 32) for k in range(int(math.log2(size)), 1, -1)]       # at size, ..., 8, 4
         conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1)
         self.rgb = conv(3, C[0])
-        self.blocks = nn.ModuleList(nn.ModuleList((conv(a, a), conv(a, b), nn.Conv2d(a, b, 1, bias=False)))
+        # As in the official code, a block widens in its first convolution; StyleGAN2's does in its second.
+        self.blocks = nn.ModuleList(nn.ModuleList((conv(a, b), conv(b, b), nn.Conv2d(a, b, 1, bias=False)))
                                     for a, b in zip(C, C[1:]))
         self.conv, self.mid, self.out = conv(D, D), nn.Linear(16 * D, D), nn.Linear(D, 1)
         self.apply(initialise)
@@ -688,8 +707,7 @@ def report(cfg, path, where):
         film(where / "reconstructions.png", torch.cat((x[:10], y[:10])), ["original", "decoded"])
     if generator:
         K = generator.classes
-        chosen = [*range(K)] if cfg.classes == "all" else [*map(int, cfg.classes.split(","))]
-        common.need(max(chosen) < K, f"--classes {cfg.classes}: labels are 0 to {K - 1}")
+        chosen = chosen_classes(cfg, K)
         names = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in range(K)]
         each = max(1, cfg.count // len(chosen)) if cfg.steps >= 100 else 1
         labels = torch.tensor(chosen).repeat_interleave(each)
@@ -727,6 +745,15 @@ def fit(x, y, degree=1):
     coefficients = np.polyfit(x, y, degree)
     return coefficients, 1 - np.var(y - np.polyval(coefficients, x)) / np.var(y)
 
+def chosen_classes(cfg, K):
+    """The labels of --classes, out of K; UserError where there is no such class."""
+    if cfg.classes == "all":
+        return [*range(K)]
+    words = cfg.classes.split(",")
+    common.need(all(map(str.isdecimal, words)), f"--classes {cfg.classes}: write all, or labels as 3,5")
+    common.need(max(map(int, words)) < K, f"--classes {cfg.classes}: labels are 0 to {K - 1}")
+    return [*map(int, words)]
+
 def points(cfg):
     """The configurations of --sweep, each with its own run folder; UserError where one is none."""
     for word in cfg.sweep.split():
@@ -756,35 +783,75 @@ def sweep(cfg):
         shown = torch.stack([x[:8], *(row["pictures"] for row in rows)], 1)
         film(common.folder(cfg) / "sweep.png", shown.flatten(0, 1), [""] * len(shown), heads)
 
+def write_npz(path, blocks, whole):
+    """An .npz of arrays that come in blocks of rows, {name: rows} each, and of `whole` arrays, which are read
+    when all blocks are there. Rows wait in files beside `path`: memory does not grow with their number."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix="export-") as where:
+        heads = {}
+        for block in blocks:
+            for name, rows in block.items():
+                with open(Path(where, name), "ab") as file:
+                    file.write(np.ascontiguousarray(rows).tobytes())
+                count = heads[name]["shape"][0] if name in heads else 0
+                heads[name] = np.lib.format.header_data_from_array_1_0(rows)
+                heads[name]["shape"] = (count + len(rows), *rows.shape[1:])
+        def write(file):
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, head in heads.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array_header_1_0(member, head)
+                        with open(Path(where, name), "rb") as raw:
+                            shutil.copyfileobj(raw, member, 2**18)
+                for name, array in whole.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asanyarray(array))
+        common.write_atomic(path, write)
+
 @torch.no_grad()
 def export(cfg, path, _):
     """--export: mean and logvar of the training split (with --flip mirrored too) for `latents:FILE`.
     The scale brings what a reader samples, mean plus noise, to deviation 1; ours takes codes as they are."""
     (tokenizer, _), dataset, device = load(cfg, path), open_split(cfg, "train"), common.device_of(cfg)
     grid = ((1, 1, cfg.latents) if cfg.latents else sizes(cfg).grid)[cfg.frames == 1:]
-    packed, batches = {"labels": dataset.labels}, torch.arange(len(dataset)).split(64)
-    for tail, axes in (("", []), ("_flip", [-1]))[:1 + cfg.flip]:
-        codes = [tokenizer.encoder(clips(dataset, i).flip(axes).to(device)) for i in batches]
-        for name, parts in zip(("latents", "logvar")[:1 + cfg.variational], zip(*codes)):
-            packed[name + tail] = torch.cat(parts).transpose(1, 2).unflatten(2, grid).half().cpu().numpy()
-    noise = np.exp(packed["logvar"].astype(np.float32)).mean() if cfg.variational else 0.0
-    packed["scale"] = (packed["latents"].astype(np.float32).var() + noise) ** -0.5
-    common.write_atomic(cfg.export, lambda file: np.savez(file, **packed))
-    print(f"{cfg.export}: {len(dataset)} latents {packed['latents'].shape[1:]}, scale {packed['scale']:.4f}")
+    whole, sums = {"labels": dataset.labels, "class_names": np.array(dataset.classes)}, np.zeros(4)
+    def blocks():
+        for index in torch.arange(len(dataset)).split(64):
+            block = {}
+            for tail, axes in (("", []), ("_flip", [-1]))[:1 + cfg.flip]:
+                codes = tokenizer.encoder(clips(dataset, index).flip(axes).to(device))
+                for name, part in zip(("latents", "logvar")[:1 + cfg.variational], codes):
+                    block[name + tail] = part.transpose(1, 2).unflatten(2, grid).half().cpu().numpy()
+            z = block["latents"].astype(np.float64)
+            noise = np.exp(block["logvar"].astype(np.float64)).sum() if cfg.variational else 0.0
+            sums[:] += z.size, z.sum(), (z**2).sum(), noise
+            yield block
+        n, total, square, noise = sums
+        whole["scale"] = ((square + noise) / n - (total / n)**2) ** -0.5
+    write_npz(cfg.export, blocks(), whole)
+    print(f"{cfg.export}: {len(dataset)} latents ({cfg.channels}, {', '.join(map(str, grid))}), "
+          f"scale {whole['scale']:.4f}")
 
 @torch.no_grad()
 def decode(cfg, path, where):
     """--decode: latents (M, c, h, w) or (M, c, t, h, w), unscaled as stored -> decoded.png, decoded.npz."""
     (tokenizer, _), found, s = load(cfg, path), data.open_data(f"latents:{cfg.decode}", size=0), sizes(cfg)
-    z = torch.from_numpy(np.array(found.images, np.float32)).flatten(2).transpose(1, 2)
-    common.need(z.shape[1:] == (s.tokens, cfg.channels), f"--decode {cfg.decode}: {z.shape[1]} tokens of "
-                f"{z.shape[2]} channels; {cfg.sample} decodes {s.tokens} of {cfg.channels}")
-    x = torch.cat([tokenizer.decoder(block.to(common.device_of(cfg))).cpu() for block in z.split(64)])
-    film(where / "decoded.png", x[:8], ["decoded"])
-    pixels = common.to_uint8(x).permute(0, 2, 3, 4, 1).numpy()
-    packed = {"videos": pixels} if cfg.frames > 1 else {"images": pixels[:, 0]}
-    common.write_atomic(where / "decoded.npz", lambda file: np.savez(file, labels=found.labels, **packed))
-    print(f"{len(z)} decoded: {where}/decoded.png, decoded.npz")
+    have = math.prod(found.images.shape[2:]), found.images.shape[1]
+    common.need(have == (s.tokens, cfg.channels), f"--decode {cfg.decode}: {have[0]} tokens of "
+                f"{have[1]} channels; {cfg.sample} decodes {s.tokens} of {cfg.channels}")
+    shown = []
+    def blocks():
+        for index in torch.arange(len(found)).split(64):
+            z = torch.from_numpy(np.array(found.images[index.numpy()], np.float32)).flatten(2).transpose(1, 2)
+            x = tokenizer.decoder(z.to(common.device_of(cfg))).cpu()
+            if not shown:
+                shown.append(x[:8])
+            pixels = common.to_uint8(x).permute(0, 2, 3, 4, 1).numpy()
+            yield {"videos": pixels} if cfg.frames > 1 else {"images": pixels[:, 0]}
+    whole = {"labels": found.labels, "class_names": np.array(found.classes)}
+    write_npz(where / "decoded.npz", blocks(), whole)
+    film(where / "decoded.png", shown[0], ["decoded"])
+    print(f"{len(found)} decoded: {where}/decoded.png, decoded.npz")
 
 def main(cfg):
     """Plan, use a checkpoint, sweep or train; returns the exit code."""

@@ -1,8 +1,10 @@
 """ViTok: the invariants of the digest, the official code's numbers, and oracles written from the formulas."""
 
+import dataclasses
 import functools
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -531,6 +533,15 @@ def test_invariant_19_latent_variant():
     assert not any("queries" in name or "masks" in name for name, _ in model.named_parameters())
 
 
+def test_frozen_tokens_by_the_released_formula():
+    """[sin, cos] of number * 10000^(-i / (n - 1)), n = D / 2; in the encoder l of D = 12, behind the code N of 24."""
+    model = vitok.Autoencoder(config(latents=6))
+    for tokens, count, D in ((model.encoder.queries, 6, 12), (model.decoder.masks, 16, 24)):
+        rates = 10_000.0 ** -(np.arange(D // 2) / (D // 2 - 1))
+        angles = np.arange(count)[:, None] * rates
+        np.testing.assert_allclose(tokens, np.concatenate((np.sin(angles), np.cos(angles)), 1), rtol=0, atol=1e-6)
+
+
 # Figs. 2 and 5: p, c, E, rFID, rIS, SSIM, PSNR, gFID (CFG 1.5)
 RESULTS = """32 4 256 44.81 27.3 .516 20.09 41.70; 32 8 512 24.85 54.2 .572 21.32 22.13;
 32 16 1024 11.47 98.9 .633 22.62 13.79; 16 4 1024 9.326 103.2 .647 22.82 10.84;
@@ -679,6 +690,16 @@ def test_discriminator_widths_are_the_published_ones():
     assert disc.conv.out_channels == 512 and all(block[2].bias is None for block in disc.blocks)
 
 
+def test_discriminator_widens_in_the_first_convolution_of_a_block_as_released():
+    """At 256 pixels: channels 64 128 256 512 512 512 512, 26.3 M parameters; 24.0 M if the second one widened."""
+    with torch.device("meta"):
+        disc = vitok.Discriminator(256)
+    widths = [64, 128, 256, 512, 512, 512, 512]
+    blocks = sum(9 * a * b + b + 9 * b * b + b + a * b for a, b in zip(widths, widths[1:]))
+    ends = 27 * 64 + 64 + 9 * 512**2 + 512 + 16 * 512 * 512 + 512 + 512 + 1
+    assert count(disc) == blocks + ends and round(count(disc) / 1e6, 1) == 26.3
+
+
 def test_initialisation():
     cfg = config(model="48x1x4-96x2x4/8")
     torch.manual_seed(0)
@@ -786,6 +807,10 @@ def trained(tmp_path_factory):
     (["--classes", "3,,5"], "--classes 3,,5"), (["--stage", "decoder"], "ae.pt is missing"),
     (["--stage", "dit"], "ae.pt is missing"), (["--export", "a.npz"], "go with --sample"),
     (["--calls", "1"], "--calls 1: must be at least 2"), (["--kl", "-1"], "--kl -1.0: must be at least 0"),
+    (["--scale", "inf"], "--scale inf"), (["--gan", "inf"], "--gan inf"), (["--kl", "nan"], "--kl nan"),
+    (["--eta", "nan"], "--eta nan"), (["--lr_dit", "inf"], "--lr_dit inf"), (["--perceptual", "inf"], "--perceptual inf"),
+    (["--sweep", " "], "--sweep ' ': write"), (["--classes", "30"], "--classes 30: labels are 0 to 9"),
+    (["--classes", "1,-1"], "--classes 1,-1"), (["--stage", "ae", "--classes", "10"], "labels are 0 to 9"),
     (["--sweep", "/4"], "--sweep /4: write"), (["--sweep", "/3:4"], "--size 8: must be a multiple of 3"),
     (["--vgg", "none.pt"], "--vgg none.pt: not VGG16"), (["--data", "npz:none.npz"], "none.npz"),
     (["--batch_dit", "3", "--gpus", "2"], "--batch_dit 3: must be a multiple of 2"),
@@ -794,6 +819,29 @@ def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = argv("vitok") + words if "--sample" not in words else words
     assert message in refused(run, words, capsys)
+
+
+@pytest.mark.parametrize("train, test, words", [(9, None, "0 images"), (1, 2, "1 pictures are too few for judge")])
+def test_too_few_pictures_are_refused_before_training(train, test, words, tmp_path, monkeypatch, capsys):
+    """Nine pictures without a split of their own leave none for the test; a judge needs two halves."""
+    monkeypatch.chdir(tmp_path)
+    pictures = np.zeros((12, 8, 8, 3), np.uint8)
+    if test is None:
+        np.savez("few.npz", images=pictures[:train], labels=np.arange(train) % 2)
+    else:
+        np.savez("few.npz", train_images=pictures[:train], train_labels=np.zeros(train, int),
+                 test_images=pictures[:test], test_labels=np.zeros(test, int))
+    assert words in refused(run, argv("vitok", data="npz:few.npz"), capsys)
+    assert not (tmp_path / "runs/vitok").exists()
+
+
+@pytest.mark.parametrize("count", [10, 13])
+def test_the_fewest_pictures_train_all_stages(count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    np.savez("few.npz", images=pictures, labels=np.arange(count) % 2)
+    run(*argv("vitok", data="npz:few.npz", steps=2))
+    assert (tmp_path / "runs/vitok/demo/nearest.png").exists()
 
 
 def test_clips_that_are_too_short(tmp_path, monkeypatch, capsys):
@@ -908,6 +956,42 @@ def test_a_stage_begins_where_the_one_before_it_ended(tmp_path, monkeypatch):
         assert found == earlier and started.folder.name == "demo-2"
 
 
+def few(monkeypatch, most):
+    """Data sets of drawn images hold `most` of them."""
+    monkeypatch.setattr(data, "open_data", lambda *args, plain=data.open_data, **named: plain(
+        *args, **{**named, "count": min(named.get("count", most), most)}))
+
+
+def shrunk(name):
+    """A preset's fields with tiny trunks, few steps and small pictures, and all else as it is."""
+    fields = {**vars(vitok.Config()), "preset": name, **vitok.PRESETS[name]}
+    tubelet = fields["model"].split("/")[1]
+    fields.update(model=f"12x1x2-12x2x2/{tubelet}", dit="12x1x2", size=fields["size"] // 256 * 32 or 16, disc=4, count=10,
+                  calls=3, batch=4, batch_decoder=2 * bool(fields["batch_decoder"]), log=2, save=2, name="tiny",
+                  steps=2, steps_decoder=0, steps_dit=3 * bool(fields["steps_dit"]), data="npz:real.npz" if
+                  fields["data"] == "cifar10" else fields["data"], batch_dit=2 * bool(fields["batch_dit"]))
+    return fields | {"sweep": fields["sweep"].replace("16,32", "3").replace(",8,16", "")}
+
+
+def test_every_preset_runs_all_its_phases(tmp_path, monkeypatch):
+    """Shrunk in width, steps and pixels but not in kind; what is then alike runs once."""
+    monkeypatch.chdir(tmp_path)
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
+    np.savez("real.npz", images=pictures, labels=np.arange(20) % 10)
+    few(monkeypatch, 20)
+    done = set()
+    for name in vitok.PRESETS:
+        cfg = vitok.Config(**shrunk(name))
+        kind = repr(dataclasses.replace(cfg, preset=""))
+        if kind not in done:
+            done.add(kind)
+            cfg.name = f"tiny{len(done)}"
+            common.launch(vitok.main, cfg)
+            if not cfg.sweep:
+                assert {path.stem for path in (tmp_path / f"runs/vitok/{cfg.name}").glob("*.pt")} == set(vitok.STAGES)
+    assert 6 <= len(done) <= 9
+
+
 def test_every_preset_is_valid_and_published_counts_hold():
     for name in vitok.PRESETS:
         cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--preset", name])
@@ -984,6 +1068,38 @@ def test_export_and_decode(trained, name, shape, monkeypatch):
     got = decoded["videos" if name == "video" else "images"]
     assert got.shape == want.shape and np.abs(got.astype(int) - want).max() <= 1
     assert decoded["labels"].tolist() == [0, 1, 2]
+
+
+def test_files_are_written_in_blocks(tmp_path, monkeypatch):
+    """20 MiB in blocks of 256 KiB cost no more memory than some blocks; whole arrays may come last."""
+    block, whole = np.arange(2**16, dtype=np.float32).reshape(4, -1), {}
+    def blocks():
+        for k in range(80):
+            yield {"a": block + k, "b": np.full((4, 1, 2), k, np.float16)}
+        whole["c"] = np.array(7.0)
+    tracemalloc.start()
+    vitok.write_npz(tmp_path / "deep/a.npz", blocks(), whole)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**21 < 80 * 2**18 and [path.name for path in (tmp_path / "deep").iterdir()] == ["a.npz"]
+    found = np.load(tmp_path / "deep/a.npz")
+    assert found["a"].shape == (320, 2**14) and found["a"].dtype == np.float32 and (found["a"][-4:] == block + 79).all()
+    assert found["b"].shape == (320, 1, 2) and found["b"][319, 0, 1] == 79 and found["c"] == 7
+
+
+def test_export_and_decode_take_blocks_of_64(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    few(monkeypatch, 200)
+    seen = []
+    monkeypatch.setattr(vitok, "clips", lambda dataset, index, plain=vitok.clips: seen.append(len(index)) or plain(dataset, index))
+    run("--sample", "runs/vitok/image/ae.pt", "--export", "blocks.npz")
+    assert sum(seen) == 2 * 200 and max(seen) == 64                                 # plain and mirrored
+    monkeypatch.setattr(vitok.Decoder, "forward", lambda self, z, plain=vitok.Decoder.forward: seen.append(len(z)) or plain(self, z))
+    del seen[:]
+    run("--sample", "runs/vitok/image/ae.pt", "--decode", "blocks.npz")
+    assert sum(seen) == 200 and max(seen) == 64
+    assert np.load("blocks.npz")["class_names"].tolist() == data.SHAPES
+    assert np.load("runs/vitok/image/samples/decoded.npz")["class_names"].tolist() == data.SHAPES
 
 
 def recipe():
