@@ -25,8 +25,11 @@ CUDA:     never run on CUDA. Read in this order: schedule, Pipeline (run, follow
 """
 
 import copy
+import math
 import os
 import queue
+import random
+import re
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -114,14 +117,24 @@ TARGETS = {"demo": 0.945}                   # mean - 4 s.d. of seeds 0 to 4: .96
 def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     need, images, still = common.need, "amoebanet" in cfg.model, cfg.plan or cfg.emulate > 0
-    for name in ("size", "layers", "width", "hidden", "heads", "micro", "temperature"):
-        need(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: must be above 0")
+    for names, low, high in (("size layers width hidden heads micro", 1, math.inf),
+                             ("classes clip stages warmup decay", 0, math.inf), ("cooldown momentum", 0, 1),
+                             ("emulate", 0, 60)):
+        for name in names.split():
+            value, least, most = getattr(cfg, name), f"{low:.3g}", f" and at most {high:.3g}"
+            need(low <= value <= high and math.isfinite(value),
+                 f"--{name} {value}: must be at least {least}" + (most if high < math.inf else ""))
     need(0 <= cfg.dropout < 1, f"--dropout {cfg.dropout}: must lie in [0, 1)")
+    need(0 < cfg.temperature < math.inf, f"--temperature {cfg.temperature}: must be above 0")
     need(cfg.width % (4 if images else 2) == 0, f"--width {cfg.width}: no multiple of {4 if images else 2}")
     need(not images or cfg.layers % 3 == 0, f"--layers {cfg.layers}: AmoebaNet has three stacks of as many")
-    text = cfg.data[:4] == "tsv:" or cfg.data[:7] == "numbers" and (cfg.data[8:] or "0").isdigit()
-    need(still or cfg.model == "translate" and text or images and not text,
+    text = re.fullmatch("tsv:.+|numbers(:[0-9]+)?", cfg.data)
+    picture = re.fullmatch("shapes|cifar10|(cifar10|npz|folder|video):.+", cfg.data)
+    need(still or (picture if images else text) and cfg.model != "lm",
          f"--data {cfg.data}: nothing that --model {cfg.model} trains on; see both in --help")
+    limit = cfg.data[8:] if cfg.data.startswith("numbers:") else "30"
+    need(still or 1 <= int(limit) <= 10_000, f"--data {cfg.data}: numbers have words from 0 to 9,999: "
+         "LIMIT must lie from 1 to 10000")
     # the sequence's length, before it is built: `amoebanet` adds stem and reductions, `transformer` both ends
     L = cfg.layers + (4 + 2 * (cfg.size > 63) if images else 2 + cfg.layers * (cfg.model == "translate"))
     K, hand = len(devices(cfg)), cfg.balance.split(",") if cfg.balance.replace(",", "").isdecimal() else []
@@ -144,13 +157,21 @@ def devices(cfg):
     return found[:K]
 
 def prepare(cfg):
-    """Once, before all else: downloads and packing."""
-    return None if cfg.plan or cfg.emulate else open_split(cfg, "train")
+    """Once, before all else: downloads and packing; both splits, so that no run ends in what is missing."""
+    if cfg.plan or cfg.emulate:
+        return
+    train, test = open_split(cfg, "train"), open_split(cfg, "test")
+    if cfg.model != "translate":
+        about = f"--data {cfg.data}: the test split"
+        common.need(not train.latent, f"--data {cfg.data}: latents, where AmoebaNet reads pictures")
+        names = [str(name) for name in train.classes]
+        common.need([str(name) for name in test.classes] == names[:len(test.classes)],
+                    f"{about} has classes {', '.join(map(str, test.classes))}, training {', '.join(names)}")
 
 # --- Building blocks ---------------------------------------------------------
 # A layer takes and returns one tensor or one tuple of tensors, batch first, and leaves its input as it is.
 PAD, START, END = 0, 1, 2                   # as data.py numbers them
-HERE = threading.local()                    # what a stage, a thread, tells its layers: generator, recompute
+HERE = threading.local()            # what a stage, a thread, tells its layers: generator, recompute, layer
 
 def dropout(x, layer):
     """x, of which a layer in training drops its share `dropout`, by the stage's generator: torch has one a
@@ -165,24 +186,31 @@ class BatchNorm(nn.BatchNorm2d):
     """Deferred (Sec. 2.2, G11): training normalises each micro-batch by its own moments; the running averages
     move once a mini-batch, by the moments of all its micro-batches, the variance biased as lingvo's (torch's
     is not). A plain BatchNorm in recomputed layers would move 2 M times, most by the last micro-batches."""
-    sums = 0
+    sums = None
     def forward(self, x):
-        if not self.training:
+        n = x.numel() // x.shape[1]
+        common.need(n > 1 or not self.training, f"{getattr(HERE, 'layer', 'BatchNorm')}: a micro-batch has "
+                    "one value a channel, so no variance: ask for fewer micro-batches or a larger batch")
+        if not self.training or self.running_mean is None:
             return super().forward(x)                                                       # (B, C, h, w)
         mean, var = 0 * self.running_mean, 0 * self.running_var                                 # (C), (C)
         # With momentum 1 torch leaves the moments of this call in the buffers, the variance unbiased.
         y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)         # (B, C, h, w)
         if not getattr(HERE, "recompute", False):
-            n = x.numel() // x.shape[1]                         # in float64: s2 / n - mean^2 cancels
-            mean, var = mean.double(), var.double()                                             # (C), (C)
-            self.sums += torch.stack([0 * mean + n, n * mean, (n - 1) * var + n * mean.square()])
+            mean, var = mean.double(), var.double()     # in float64: s2 / n - mean^2 cancels    (C), (C)
+            sums = torch.stack([0 * mean + n, n * mean, (n - 1) * var + n * mean.square()])
+            self.sums = sums if self.sums is None else self.sums + sums
         return y                                                                            # (B, C, h, w)
     def commit(self):
-        """running <- (1 - momentum) running + momentum * moment, of all micro-batches of all replicas."""
+        """running <- (1 - momentum) running + momentum * moment, of all micro-batches of all replicas.
+        Without momentum, as torch has it: the average over all mini-batches so far."""
+        if self.sums is None:                                   # nothing came by, or nothing is kept
+            return
         n, s1, s2 = common.average(self.sums)                                              # (C), (C), (C)
-        self.running_mean += self.momentum * (s1 / n - self.running_mean)
-        self.running_var += self.momentum * (s2 / n - (s1 / n).square() - self.running_var)
         self.num_batches_tracked += 1
+        share = 1 / self.num_batches_tracked.double() if self.momentum is None else self.momentum
+        self.running_mean += share * (s1 / n - self.running_mean)
+        self.running_var += share * (s2 / n - (s1 / n).square() - self.running_var)
 
 # AmoebaNet (digest Sec. 3): ten operations, each behind the state it reads (0 current input, 1 previous one),
 # added in pairs to give states 2 to 6; then the states that are concatenated. Official code differs from the
@@ -358,7 +386,7 @@ def loss(output, target, total, smoothing=0.1):
 def partition(costs, K, goal="variance"):
     """Sizes of K runs of consecutive layers with the least variance of costs (Sec. 2.2, G2, G3), or with the
     least "bottleneck", their largest. The paper speaks of a heuristic and says no more; this is exact."""
-    common.need(K <= len(costs), f"{K} stages: there are {len(costs)} layers")
+    common.need(1 <= K <= len(costs), f"{K} stages: there are {len(costs)} layers; 1 to as many are possible")
     total = np.cumsum([0.0, *costs])
     # price[i, j] of layers i..j-1 as one run; the sum of costs is fixed: least squares are least variance
     price = (total - total[:, None]) ** (2 if goal == "variance" else 1)
@@ -380,6 +408,17 @@ def each(function, value):
     """function of a tensor, or of every tensor of a tuple; None stays None."""
     done = tuple(part if part is None else function(part) for part in parts(value))
     return done if isinstance(value, tuple) else done[0]
+
+WANTED = ", where a tensor or a tuple of tensors, batch first, is wanted"
+
+def checked(value, where):
+    """value, if it can cross a boundary: a tensor or a tuple of tensors, batch first."""
+    for part in parts(value):
+        kind = f"{part.ndim}-d tensor" if torch.is_tensor(part) else type(part).__name__
+        common.need(torch.is_tensor(part) and part.ndim > 0, f"{where} {kind}"
+                    + " in a tuple" * isinstance(value, tuple) + WANTED)
+    common.need(parts(value), f"{where} an empty tuple" + WANTED)
+    return value
 
 def split(value, M):
     """min(M, N) near-equal micro-batches of a tensor or tuple, along the first axis (G4), without graph. The
@@ -414,6 +453,13 @@ def schedule(K, M, mode):
     again = {"always": M, "except_last": M - 1, "never": 0}[mode]       # so many micro-batches are recomputed
     backward = [(kind, m, k) for _, m, k in reversed(forward) for kind in "RB" if kind == "B" or m < again]
     return [*forward, ("L", M - 1, K - 1), *backward]
+
+def states(device):
+    """What the random numbers of Python, NumPy and torch are drawn from."""
+    chance, (_, keys, *rest) = [torch.get_rng_state()], np.random.get_state()
+    if device.type == "cuda":
+        chance.append(torch.cuda.get_rng_state(device))
+    return [random.getstate(), keys.tobytes(), rest, *(state.numpy().tobytes() for state in chance)]
 
 def idle(times, K):
     """(idle share of K stages, makespan) of {task: (start, end)}."""
@@ -453,8 +499,14 @@ class Channel:
         return arrived
 
 class Pipeline:
-    """An nn.Sequential on K stages, under its own names: `step` leaves one device's gradients in it, `infer`
-    predicts. The slow form: one worker (threads=False) on the current streams (streams=False)."""
+    """An nn.Sequential on K stages, under its own names: `step` leaves one device's gradients in it,
+    `infer` predicts. The slow form: one worker (threads=False) on the current streams (streams=False).
+
+    Layers that are recomputed must do the same twice. `probe` tries each once, before the first step, and
+    refuses those whose training draws from the random numbers of torch (nn.Dropout: stages would race for its
+    one generator), NumPy or Python, or changes a buffer or a parameter (nn.BatchNorm2d, spectral_norm). Not
+    seen: draws from a layer's own generator, changes of other attributes. `dropout` and `BatchNorm` pass.
+    """
     def __init__(self, model, sizes, devices, M=1, mode="except_last", seed=0, streams=True, threads=True):
         """sizes: layers of a stage; devices: one a stage; M micro-batches. Raises common.UserError."""
         K, fits = len(sizes), sum(sizes) == len(model) and min(sizes) > 0
@@ -476,6 +528,7 @@ class Pipeline:
         # two threads would add to one gradient at once, and two devices cannot hold one tensor
         owned = [id(tensor) for cell in self.cells for tensor in {*cell.parameters(), *cell.buffers()}]
         common.need(len(set(owned)) == len(owned), "two stages share a parameter: join their layers")
+        self.probed = False
         self.norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
 
     def step(self, inputs, loss, number=0):
@@ -494,7 +547,8 @@ class Pipeline:
 
     def run(self, inputs, loss=None, number=None):
         """Feed the micro-batches and let workers follow the schedule; without loss, its F alone."""
-        pieces = split(each(lambda part: part.to(self.devices[0]), inputs), self.micro)
+        inputs = each(lambda part: part.to(self.devices[0]), checked(inputs, "the mini-batch is"))
+        pieces = split(inputs, self.micro)
         K, kind, self.M = len(self.cells), self.devices[0].type, len(pieces)
         self.loss, self.number, self.training = loss, number, self.model.train(loss is not None).training
         # by (m, k) a stage's input, and its output, whose graph holds the interior; by task (start, end)
@@ -502,8 +556,10 @@ class Pipeline:
         self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         tasks = [task for task in schedule(K, self.M, self.mode) if self.training or task[0] == "F"]
         self.again = {m for kind, m, _ in tasks if kind == "R"}
+        if self.again and not self.probed:
+            self.probe(pieces[0])
         for norm in self.norms:
-            norm.sums = 0
+            norm.sums = None
         for channel in self.ahead + self.back:
             channel.queue, channel.closed = queue.SimpleQueue(), False
         for piece in pieces:
@@ -522,6 +578,31 @@ class Pipeline:
                           for task, marks in self.times.items()}
         if self.errors:
             raise self.errors[0]
+
+    @torch.no_grad()
+    def probe(self, x):
+        """Run the layers once in turn on a micro-batch; UserError where recomputation would betray one."""
+        x = each(torch.clone, x)
+        for k, device in enumerate(self.devices):
+            x = each(lambda part: part.to(device), x)
+            for i, layer in enumerate(self.cells[k], self.first[k]):
+                chance, versions = states(device), [weight._version for weight in layer.parameters()]
+                before = {name: (buffer, buffer.clone()) for name, buffer in layer.named_buffers()}
+                x = self.layer(0, k, i, x, recompute=True)
+                after, where = dict(layer.named_buffers()), self.place(k, i)
+                moved = [name for name, (buffer, old) in before.items()
+                         if after.get(name) is not buffer or not old.equal(buffer) and old.equal(old)]
+                moved += [name for (name, weight), version in zip(layer.named_parameters(), versions)
+                          if weight._version != version]
+                for buffer, old in before.values():
+                    buffer.copy_(old)
+                moved = ", ".join(moved)
+                common.need(not moved, f"{where}: training changes {moved}, and recomputation again: "
+                            'use gpipe.BatchNorm for a norm, or checkpoint "never"')
+                common.need(chance == states(device), f"{where}: training draws random numbers, and "
+                            'recomputation would draw others: use gpipe.dropout, or checkpoint "never"')
+            checked(x, f"{where} returns")
+        self.probed = True
 
     def mark(self, k):
         """A moment on stage k: seconds on the CPU, an event of the compute stream on CUDA."""
@@ -552,16 +633,26 @@ class Pipeline:
     def cell(self, m, k, x, recompute=False):
         """Stage k's layers in turn (G1, G5), each with the draws of (seed, step, micro-batch, layer): those
         know neither K nor timing, and come again in re-materialization."""
-        y, versions, HERE.recompute = x, [part._version for part in parts(x)], recompute
-        with torch.autocast(*self.autocast, cache_enabled=False):
-            for i, layer in enumerate(self.cells[k], self.first[k]):
-                name = f"layer {i} micro-batch {m + common.rank() * self.M}"
-                HERE.generator = common.draws(self.seed, self.number, name, self.devices[k])
-                y = layer(y)
-        HERE.generator, HERE.recompute = None, False
+        y, versions = x, [part._version for part in parts(x)]
+        for i in range(self.first[k], self.first[k + 1]):
+            y = self.layer(m, k, i, y, recompute)
         # else the interior would be recomputed from another input: wrong gradients, without a word
         common.need(versions == [part._version for part in parts(x)], f"stage {k} changes its input in place")
-        return y
+        return checked(y, f"{self.place(k, i)} returns")
+
+    def place(self, k, i):
+        return f"stage {k}, layer {i} ({type(self.model[i]).__name__})"
+
+    def layer(self, m, k, i, x, recompute):
+        """Layer i of stage k, told what it must know."""
+        name = f"layer {i} micro-batch {m + common.rank() * self.M}"
+        HERE.generator = common.draws(self.seed, self.number, name, self.devices[k])
+        HERE.recompute, HERE.layer = recompute, self.place(k, i)
+        try:
+            with torch.autocast(*self.autocast, cache_enabled=False):
+                return self.model[i](x)
+        finally:
+            HERE.__dict__.clear()
 
     def do_forward(self, m, k, x):
         """F. What is recomputed drops its graph here, which only told which outputs want a gradient. So a
@@ -573,14 +664,18 @@ class Pipeline:
 
     def do_loss(self, m, k, _):
         """L: the loss of the gathered mini-batch (G6); its gradient returns in pieces, the last one first."""
-        y = gather([self.ahead[k + 1].get() for _ in range(m + 1)])
+        pieces = [self.ahead[k + 1].get() for _ in range(m + 1)]
+        y = gather(pieces)
         y = each(lambda part: part.detach().requires_grad_(part.is_floating_point()), y)
         value = self.loss(y)
         value.backward()
         self.result = value.detach(), each(torch.Tensor.detach, y)
         gradients = each(lambda part: torch.zeros_like(part) if part.grad is None else part.grad, y)
-        for gradient in reversed(split(gradients, m + 1)):
-            self.back[k + 1].put(gradient)
+        # in the sizes in which the pieces came, which need not be those of split
+        sizes = zip(*[map(len, parts(piece)) for piece in pieces])
+        columns = [part.split(list(rows)) for part, rows in zip(parts(gradients), sizes)]
+        for gradient in reversed([*zip(*columns)]):
+            self.back[k + 1].put(gradient if isinstance(y, tuple) else gradient[0])
 
     def do_recompute(self, m, k, _):
         """R: the interior again, from the stashed input (Sec. 2.3)."""
@@ -735,14 +830,17 @@ def train(cfg):
         run.save(step)
     target = TARGETS.get(cfg.preset, 0.0) * common.is_preset(cfg, PRESETS)
     run.say(f"{run.folder}: timeline.svg, predictions.txt" + f"; target {target} of all" * (target > 0))
-    return 0 if common.rank() > 0 or answer(pipe, cfg, run.folder) >= target else 1
+    classes = None if cfg.model == "translate" else dataset.classes
+    return 0 if common.rank() > 0 or answer(pipe, cfg, run.folder, classes) >= target else 1
 
-def answer(pipe, cfg, folder):
-    """Translate or classify the test split into predictions.txt; returns the share of exact answers."""
+def answer(pipe, cfg, folder, classes=None):
+    """Translate or classify the test split into predictions.txt; returns the share of exact answers. classes:
+    names of training's, of which the test split may lack the last."""
     test, text, rows = open_split(cfg, "test"), cfg.model == "translate", []
     labels = test.direction if text else test.labels[:1000]
-    groups = [f"to {language}" for _, language in test.directions] if text else test.classes
-    say = test.vocabulary.decode if text else test.classes.__getitem__
+    classes = None if text else test.classes if classes is None else classes
+    groups = [f"to {language}" for _, language in test.directions] if text else classes
+    say = test.vocabulary.decode if text else classes.__getitem__
     for index in np.array_split(np.arange(len(labels)), -(-len(labels) // 500)):
         if text:                                            # greedy decoding
             source, found = torch.as_tensor(test.source[index]), torch.full((len(index), 1), START)
@@ -752,7 +850,8 @@ def answer(pipe, cfg, folder):
             found = pipe.infer(test.pixels(index)).argmax(1)
         wanted = test.target[index] if text else labels[index]
         rows += zip(map(groups.__getitem__, labels[index]), map(say, found), map(say, wanted))
-    right = {n: np.mean([a == b for g, a, b in rows if n in (g, "all")]) for n in sorted({*groups, "all"})}
+    names = sorted({group for group, *_ in rows} | {"all"})
+    right = {n: np.mean([a == b for g, a, b in rows if n in (g, "all")]) for n in names}
     lines = "\n".join(f"{name}: {a}" + f" (wrong: {b})" * (a != b) for name, a, b in rows)
     common.write_atomic(folder / "predictions.txt", lambda file: file.write(lines.encode()))
     print("right answers: " + ", ".join(f"{name} {share:.3f}" for name, share in right.items()), flush=True)
@@ -792,9 +891,11 @@ def main(cfg):
     """Train, plan, emulate, or answer with a checkpoint; returns the exit code, None for 0."""
     if not cfg.sample or cfg.plan or cfg.emulate:
         return plan(cfg) if cfg.plan or cfg.emulate else train(cfg)
-    pipe, saved = pipeline(cfg, open_split(cfg, "train")), common.read_checkpoint(cfg.sample, "gpipe")
+    dataset, saved = open_split(cfg, "train"), common.read_checkpoint(cfg.sample, "gpipe")
+    pipe = pipeline(cfg, dataset)
     common.load_into({"model": pipe.model}, saved, cfg.sample)
-    answer(pipe, cfg, Path(cfg.sample).parent / "samples")
+    classes = None if cfg.model == "translate" else dataset.classes
+    answer(pipe, cfg, Path(cfg.sample).parent / "samples", classes)
 
 if __name__ == "__main__":
     common.launch(main, common.cli(Config, PRESETS, __doc__), processes=1)

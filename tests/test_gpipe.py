@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import random
 import re
 import threading
 from collections import Counter
@@ -340,7 +341,7 @@ def test_invariant_21_inference(M):
 
 
 class Trap(nn.Module):
-    """Identity that fails in its n-th forward call, or in backward."""
+    """Identity that fails in its n-th forward call (the first is the probe's), or in backward."""
 
     def __init__(self, call=None, backward=False):
         super().__init__()
@@ -364,7 +365,7 @@ class Trap(nn.Module):
 def test_invariant_22_exceptions(stage, where):
     M = 4
     traps = [Trap() for _ in range(3)]
-    traps[stage] = Trap(backward=True) if where == "B" else Trap(2 if where == "F" else M + 1)
+    traps[stage] = Trap(backward=True) if where == "B" else Trap(3 if where == "F" else M + 2)
     model = nn.Sequential(nn.Linear(6, 4), *traps, nn.Linear(4, 4)).double()
     pipe = gpipe.Pipeline(model, [2, 1, 2], CPU, M, "always")
     x, y = batch(8)
@@ -374,7 +375,9 @@ def test_invariant_22_exceptions(stage, where):
     assert threading.active_count() == threads and isinstance(pipe.errors[0], KeyError)
     assert all(isinstance(error, CancelledError) for error in pipe.errors[1:])
     if where == "F":
-        assert all(trap.calls <= 1 for trap in traps[stage + 1:])
+        assert all(trap.calls <= 2 for trap in traps[stage + 1:])
+    elif where == "R":
+        assert traps[stage].calls == M + 2 and ("B", M - 1, stage) not in pipe.times
     traps[stage].armed = False
     model.zero_grad()
     pipe.step(x, lambda out: F.cross_entropy(out, y))
@@ -492,6 +495,28 @@ def test_invariant_14_batch_norm_counts_once(mode, M):
     assert norm.num_batches_tracked == 1
     assert (out - model.eval()(x)).abs().max() <= 1e-12
     assert (gpipe.Pipeline(model, [4, 5], CPU, 5).infer(x) - out).abs().max() <= 1e-12
+
+
+def test_batch_norm_without_momentum_averages_over_all_mini_batches():
+    """As torch's own, but for the variance, which is biased here."""
+    ours, torchs = gpipe.BatchNorm(3, momentum=None).double(), nn.BatchNorm2d(3, momentum=None).double()
+    for number in range(3):
+        x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(number)).double()
+        gpipe.Pipeline(nn.Sequential(ours), [1], CPU, 2, "always").step(x, torch.sum)
+        torchs(x)
+    assert (ours.running_mean - torchs.running_mean).abs().max() <= 1e-12
+    assert (ours.running_var - torchs.running_var * 99 / 100).abs().max() <= 1e-12
+    assert ours.num_batches_tracked == torchs.num_batches_tracked == 3
+
+
+def test_batch_norm_that_tracks_nothing_or_never_runs():
+    bare, idle = gpipe.BatchNorm(3, track_running_stats=False), gpipe.BatchNorm(3)
+    layer = Returns(lambda x: x)
+    layer.idle = idle
+    x = torch.randn(4, 3, 5, 5)
+    out = gpipe.Pipeline(nn.Sequential(bare, layer), [1, 1], CPU, 2, "always").step(x, torch.sum)[1]
+    assert torch.equal(out, torch.cat([F.batch_norm(piece, None, None, training=True) for piece in x.chunk(2)]))
+    assert idle.num_batches_tracked == 0
 
 
 def test_invariant_15_batch_norm_normalises_pieces():
@@ -851,7 +876,101 @@ class InPlace(nn.Module):
         return x.add_(1)
 
 
+class Returns(nn.Module):
+    """A layer that returns something else than tensors."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize("mode,function,word", [
+    ("always", lambda x: None, "NoneType"), ("never", lambda x: None, "NoneType"), ("always", lambda x: 3, "int"),
+    ("never", lambda x: [x, x], "list"), ("never", lambda x: (x, None), "NoneType in a tuple"),
+    ("except_last", lambda x: x.sum(), "0-d tensor"), ("never", lambda x: (), "an empty tuple")])
+def test_what_crosses_a_boundary_is_tensors(mode, function, word):
+    """One line names stage and layer, whichever stage it is and whether it learns or predicts."""
+    message = f"returns {word}, where a tensor or a tuple of tensors, batch first"
+    for sizes, place in (([2, 1], "stage 0, layer 1"), ([1, 2], "stage 1, layer 2")):
+        layers = [nn.Linear(6, 6), nn.Identity(), nn.Identity()]
+        layers[int(place[-1])] = Returns(function)
+        for work in (lambda pipe: pipe.step(torch.zeros(4, 6), torch.sum), lambda pipe: pipe.infer(torch.zeros(4, 6))):
+            with pytest.raises(common.UserError, match=re.escape(f"{place} (Returns) {message}")):
+                work(gpipe.Pipeline(nn.Sequential(*layers), sizes, CPU, 2, mode))
+
+
+@pytest.mark.parametrize("inputs", [None, 3, [torch.zeros(4, 6)], (), (torch.zeros(4, 6), None)])
+def test_a_mini_batch_is_tensors(inputs):
+    with pytest.raises(common.UserError, match="the mini-batch is .* a tensor or a tuple of tensors"):
+        gpipe.Pipeline(mlp(), [3, 3], CPU, 2).infer(inputs)
+
+
+class Counting(nn.Module):
+    """A layer whose buffer is another tensor after every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + self.training
+        return x
+
+
+@pytest.mark.parametrize("layer,message", [
+    (nn.Dropout(0.5), "stage 1, layer 1 (Dropout): training draws random numbers"),
+    (nn.Sequential(nn.Identity(), nn.Dropout(0.1)), "stage 1, layer 1 (Sequential): training draws random numbers"),
+    (nn.TransformerEncoderLayer(8, 1, 8, batch_first=True), "(TransformerEncoderLayer): training draws random numbers"),
+    (Returns(lambda x: x * np.random.rand()), "(Returns): training draws random numbers"),
+    (Returns(lambda x: x * random.random()), "(Returns): training draws random numbers"),
+    (Returns(lambda x: x + torch.randn_like(x)), "(Returns): training draws random numbers"),
+    (nn.BatchNorm1d(8), "stage 1, layer 1 (BatchNorm1d): training changes running_mean, running_var, num_batches"),
+    (nn.Sequential(nn.Tanh(), Counting()), "training changes 1.count"),
+    (torch.nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), "training changes parametrizations.weight.0._u"),
+    (torch.nn.utils.spectral_norm(nn.Linear(8, 8)), "training changes weight_u")])
+def test_what_recomputation_would_betray_is_refused(layer, message):
+    """A second forward pass would draw another mask or move averages again; nothing is left changed."""
+    x, state = torch.randn(8, 8), {name: value.clone() for name, value in layer.state_dict().items()}
+    model = nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 8))
+    for mode, M in (("always", 1), ("except_last", 2)):
+        with pytest.raises(common.UserError, match=re.escape(message)):
+            gpipe.Pipeline(model, [1, 2], CPU, M, mode).step(x, torch.sum)
+        assert not gradients(model) and (same(layer.state_dict(), state) or "count" in message)
+    for mode, M in (("never", 2), ("except_last", 1)):                  # nothing is recomputed
+        gpipe.Pipeline(model, [1, 2], CPU, M, mode).step(x, torch.sum)
+    gpipe.Pipeline(model, [1, 2], CPU, 2, "always").infer(x)
+
+
+def test_the_probe_leaves_the_mini_batch_and_random_numbers_alone():
+    """Layers that draw by the stage's generator and defer their averages pass, once a pipeline."""
+    model = nn.Sequential(Drop(), nn.Sequential(gpipe.BatchNorm(3), nn.ReLU(True)), nn.Identity())
+    x, calls = torch.randn(8, 3, 4, 4), []
+    model[1].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    before, state = x.clone(), torch.get_rng_state()
+    pipe = gpipe.Pipeline(model, [1, 2], CPU, 2, "always")
+    for _ in range(2):
+        pipe.step(x, torch.sum)
+    assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state) and len(calls) == 1 + 2 * 4
+    assert model[1][0].num_batches_tracked == 2
+
+
+def test_gradients_return_in_the_sizes_in_which_the_output_came():
+    """Three rows a sample: pieces of 9, 9, 6 and 6 rows, where an even split of 30 has 8, 8, 7, 7."""
+    model, (x, _) = mlp(), batch(10)
+    model.append(Returns(lambda y: y.repeat_interleave(3, 0)))
+    y = torch.randint(4, (30,), generator=torch.Generator().manual_seed(0))
+    found, expected = piped(model, x, y, 3, 4)[3], plain(model, x, y)[3]
+    assert apart(found, expected) <= 1e-12
+
+
 @pytest.mark.parametrize("build,message", [
+    (lambda: gpipe.partition([1, 2], 0), "0 stages: there are 2 layers"),
+    (lambda: gpipe.partition([1, 2], -1), "-1 stages: there are 2 layers"),
+    (lambda: gpipe.Pipeline(nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (6, 1, 1)), gpipe.BatchNorm(6)), [1, 2], CPU, 4).step(
+        torch.zeros(4, 6), torch.sum), "stage 1, layer 2 .BatchNorm.: a micro-batch has one value a channel"),
     (lambda: gpipe.Pipeline(mlp(), [1] * 7, CPU), "sum to 6 layers"),
     (lambda: gpipe.Pipeline(mlp(), [3, 2], CPU), "sum to 6 layers"),
     (lambda: gpipe.Pipeline(mlp(), [6, 0], CPU), "above 0"),
@@ -884,12 +1003,47 @@ def command(words):
 @pytest.mark.parametrize("words", [
     "--stages 9", "--micro 0", "--balance 3,2", "--balance 3,2,0 --stages 3", "--balance best", "--data shapes",
     "--model lm", "--devices cuda:7,cuda:7", "--devices cpu --stages 3", "--model amoebanet-d --data shapes --layers 4",
-    "--width 33", "--dropout 1", "--data numbers:x", "--temperature 0", "--plan --balance time", "--data tsv:/none", "--classes 7"])
+    "--width 33", "--dropout 1", "--data numbers:x", "--temperature 0", "--stages -1", "--clip -1",
+    "--clip nan", "--clip inf", "--cooldown nan", "--cooldown 2", "--decay -1", "--warmup -1", "--momentum nan", "--emulate -1",
+    "--emulate nan", "--classes -1", "--data numbers:20000", "--data numbers:0", "--data numbers:²", "--data numbers:",
+    "--data numbersx30", "--data tsv:", "--model amoebanet-d --layers 3 --data latents:/none", "--data latents:/none", "--data numbers:3", "--plan --balance time", "--data tsv:/none", "--classes 7"])
 def test_bad_input_is_one_line(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = refused(lambda *given: command([*given]), ["--steps", "2", "--data", "numbers:30", *words.split()], capsys)
-    known = re.findall(r"--\w+ [^-\s]\S*", words) + ["/none"]
+    known = re.findall(r"--\w+ (?!--)\S+", words) + ["/none", "numbers"]
     assert any(given in text for given in known), "the line names what was given"
+    assert "--gpus" not in text and not (tmp_path / "runs").exists()
+
+
+def pictures(count, classes=("a", "b", "c"), **more):
+    """A split of pictures with its own list of classes."""
+    labels = np.arange(count) % len(classes)
+    return gpipe.data.Data(np.zeros((count, 3, 8, 8), np.uint8), labels, list(classes), None, "here", **more)
+
+
+@pytest.mark.parametrize("train,test,message", [
+    (pictures(20), pictures(5, "bc"), "the test split has classes b, c, training a, b, c"),
+    (pictures(20), pictures(5, "bca"), "the test split has classes b, c, a, training a, b, c"),
+    (pictures(20), pictures(5, "abcd"), "the test split has classes a, b, c, d, training a, b, c")])
+def test_classes_of_the_test_split_are_those_of_training(train, test, message, capsys, monkeypatch, tmp_path):
+    """A test split that counts its classes otherwise is one line, and no run begins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpipe, "open_split", lambda cfg, split: {"train": train, "test": test}[split])
+    words = "--model amoebanet-d --data npz:here --size 8 --layers 3 --width 4 --steps 1".split()
+    assert message in refused(lambda *given: command([*given]), words, capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_nine_pictures_are_too_few_before_training(capsys, monkeypatch, tmp_path):
+    """Of ten one is held out as a test; of nine none."""
+    monkeypatch.chdir(tmp_path)
+    for count in (9, 10):
+        np.savez(tmp_path / f"{count}.npz", images=np.zeros((count, 8, 8, 3), np.uint8), labels=np.arange(count) % 3)
+    words = "--model amoebanet-d --size 8 --layers 3 --width 4 --steps 1 --batch 4 --micro 2".split()
+    assert "9.npz" in refused(lambda *given: command([*given]), [*words, "--data", "npz:9.npz"], capsys)
+    assert not (tmp_path / "runs").exists()
+    command([*words, "--data", "npz:10.npz"])
+    assert "right answers: 0 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", ["--gpus 2", "--gpus 2 --device cuda", "--gpus 2 --stages 4 --plan"])
