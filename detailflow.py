@@ -68,7 +68,7 @@ class Config:
     perceptual: float = 1.0                 # weight of the perceptual loss
     ramp: int = 10_000                      # steps in which it rises from 0
     gan: float = 0.2                        # weight of the adversarial losses
-    gan_from: int = 40_000                  # first step with them
+    gan_from: int = 40_000                  # first step with them, counted from 1
     align: float = 1.0                      # weight of the first token's alignment, Eq. (4)
     teacher: str = "judge"                  # judge, or a frozen model: TorchScript .pt, torch.export .pt2
     tokenizer: str = ""                     # checkpoint: stage ar builds on it, the other starts from it
@@ -143,6 +143,13 @@ def kept(cfg):
     common.need(n in counts, f"--keep {cfg.keep}: give all, a side as {cfg.size}px, or one of {counts}")
     return n
 
+def parse_classes(cfg, K):
+    """--classes as a list of labels below K; `all` is empty."""
+    parts = [] if cfg.classes == "all" else cfg.classes.split(",")
+    common.need(all(map(str.isdecimal, parts)), f"--classes {cfg.classes}: write all, or labels as 3,5")
+    common.need(all(int(k) < K for k in parts), f"--classes {cfg.classes}: labels are 0 to {K - 1}")
+    return [int(k) for k in parts]
+
 def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     need, N, g, c = common.need, cfg.tokens, cfg.group, cfg.causal
@@ -151,7 +158,8 @@ def check(cfg):
     most = dict.fromkeys("degrade noisy label_drop dropout warmup ema top_p".split(), 1) | {"objects": 4}
     for name, value in vars(cfg).items():
         low, high = least.get(name, 0), most.get(name, math.inf)
-        need(isinstance(value, str) or low <= value <= high, f"--{name} {value}: must lie in [{low}, {high}]")
+        fine = isinstance(value, str) or low <= value <= high and abs(value) < math.inf
+        need(fine, f"--{name} {value}: must lie in [{low}, {high}]")
     for name, part in dict(tokens="group", causal="group", size="patch", batch_ar="gpus").items():
         a, b = getattr(cfg, name), getattr(cfg, part)
         need(a % b == 0, f"--{name} {a}: must be a multiple of --{part} {b}")
@@ -159,8 +167,7 @@ def check(cfg):
     need(cfg.near <= cfg.codes, f"--near {cfg.near}: there are only {cfg.codes} codes")
     fine = cfg.label_drop or cfg.guidance == 1
     need(fine, f"--guidance {cfg.guidance}: --label_drop 0 trains no null label; give --guidance 1")
-    fine = cfg.classes == "all" or all(map(str.isdecimal, cfg.classes.split(",")))
-    need(fine, f"--classes {cfg.classes}: write all, or labels as 3,5")
+    parse_classes(cfg, math.inf)
     need(cfg.sample or not cfg.encode + cfg.decode, "--encode and --decode go with --sample CHECKPOINT")
     kept(cfg)
     for text in (cfg.encoder, cfg.decoder, cfg.gpt):
@@ -174,20 +181,21 @@ def open_split(cfg, split, count=20_000):
     return found
 
 def prepare(cfg):
-    """Once, before the processes start: downloads, packing, the teacher."""
-    if not cfg.sample:
-        open_split(cfg, "train")
-        teacher(cfg)
+    """Once, before the processes start: downloads, packing, what the run will ask for, the teacher."""
+    if cfg.sample:
+        return
+    train, test = open_split(cfg, "train"), open_split(cfg, "test", cfg.count)
+    parse_classes(cfg, len(train.classes))
+    common.need(cfg.count > 1, "--count 1: the error of a run is measured on 2 images or more")
+    for split, found, why in (("train", train, "a judge"), ("test", test, "the error, a share of variance,")):
+        common.need(len(found) > 1, f"{split} split of {cfg.data}: {len(found)} image; {why} needs 2 or more")
+    teacher(cfg)
 
 # --- Building blocks ---------------------------------------------------------
 def resolution(n, cfg):
     """R(n) = R - b (N - n)^alpha with b = (R - 1) / (N - 1)^alpha, Eq. (3), D1: R(1) = 1 and R(N) = R. Above
     alpha = 1 the first tokens buy the most pixels a side, the last ones the fewest."""
     return cfg.size - (cfg.size - 1) * ((cfg.tokens - n) / (cfg.tokens - 1)) ** cfg.alpha
-
-def tokens_for(r, cfg):
-    """Its inverse, the real n with R(n) = r. (The official code looks n up among the admissible: kept.)"""
-    return cfg.tokens - (cfg.tokens - 1) * ((cfg.size - r) / (cfg.size - 1)) ** (1 / cfg.alpha)
 
 def pixels(n, cfg):
     """R(n) in whole pixels: n tokens are never shown finer detail (official code)."""
@@ -208,6 +216,10 @@ def group_causal(n, g, c):
     which none comes first, for the AR model draws it at once. The encoder's queries and the AR share it."""
     i = torch.arange(n)
     return torch.where(i[:, None] < c, i <= i[:, None], i // g <= i[:, None] // g)                  # (n, n)
+
+def enlarged(x, r):
+    """Images (B, C, h, h) at side r, where they are smaller."""
+    return F.interpolate(x, (r, r), mode="bicubic") if x.shape[-1] < r else x
 
 def patchify(x, f):
     """Images (B, C, h, w) to row-major patches; inside a patch the order is row, column, channel."""
@@ -440,9 +452,11 @@ def noise_start(u, n, cfg):
     return torch.where(s < cfg.causal, s, s // cfg.group * cfg.group)
 
 def weights(cfg, step):
-    """The weights of the losses at a step (D7): the perceptual one rises, the adversarial one comes late."""
+    """The weights of the losses (D7): the perceptual one rises, the adversarial one comes late. `step` counts
+    from 0, here as everywhere; the official schedules count from 1."""
     return {"mse": 1.0, "codebook": 1.0, "commit": 0.25, "align": cfg.align,
-            "lpips": cfg.perceptual * min(1, step / (cfg.ramp or 1)), "gan": cfg.gan * (step >= cfg.gan_from)}
+            "lpips": cfg.perceptual * min(1, (step + 1) / (cfg.ramp or 1)),
+            "gan": cfg.gan * (step + 1 >= cfg.gan_from)}
 
 def augment(x, u, cut=0.2, chance=0.5):
     """DiffAugment of images (B, C, h, h) by draws u (b, 10), b >= B: colour, shift, and a square cut out."""
@@ -477,17 +491,21 @@ def loss_tokenizer(model, x, draws, weight, look=None, disc=None):
         terms["align"] = -F.cosine_similarity(model.align(q[:len(x), 0]).to(x.dtype), feature).mean()
     return sum(weight[name] * term for name, term in terms.items()), terms, (ids, recon.detach(), goal)
 
-def loss_disc(disc, look, recon, goal, v, weight):
-    """The discriminator's value, mean logits: hinge and LeCam, times the weight, and consistency under harder
-    augmentation, without it (official code). v (4, 2 B, 10): draws for goal, recon, both again."""
-    real, fake = (disc(look(augment(a, b))).to(a.dtype) for a, b in zip((goal, recon), v))
-    hard = [disc(look(augment(a, b, cut=0.5, chance=1.0))).to(a.dtype) for a, b in zip((goal, recon), v[2:])]
+def disc_logits(disc, look, recon, goal, v):
+    """Logits of real and fake images, then of both under harder augmentation, by draws v (4, 2 B, 10)."""
+    cases = zip((goal, recon, goal, recon), v, (0.2, 0.2, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0))
+    return [disc(look(augment(x, a, cut, chance))).to(x.dtype) for x, a, cut, chance in cases]
+
+def loss_disc(logits, means, weight):
+    """The discriminator's value: hinge and LeCam, times the weight, and consistency under harder
+    augmentation, without it (official code). The logits have moved their running `means` already."""
+    real, fake, *hard = logits
     # LeCam charges real logits above the running mean of the fake ones, and fake ones below that of the real
     # ones: it holds back a discriminator that runs ahead of the decoder.
     hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-    lecam = F.relu(real - disc.means[1]).square().mean() + F.relu(disc.means[0] - fake).square().mean()
+    lecam = F.relu(real - means[1]).square().mean() + F.relu(means[0] - fake).square().mean()
     even = F.mse_loss(torch.cat(hard), torch.cat([real, fake]))
-    return weight * (hinge + 0.001 * lecam) + 4 * even, torch.stack([real.mean(), fake.mean()]).detach()
+    return weight * (hinge + 0.001 * lecam) + 4 * (weight > 0) * even
 
 def loss_ar(model, batch, draws):
     """Stage 2 (D10): mean cross-entropy over all N tokens. batch: triples (3, B, N) and labels (B,).
@@ -546,11 +564,26 @@ def teacher(cfg):
         split = open_split(cfg, "judge", 20_000 if cfg.steps >= 100 else 10)
         torch.manual_seed(0)
         judge = common.judge(split, "teacher") if cfg.steps >= 100 else common.Judge(3, 32, 1)
-        return judge.requires_grad_(False).to(common.device_of(cfg)).spatial
-    with data.reading(cfg.teacher):
+        network = judge.requires_grad_(False).to(common.device_of(cfg)).spatial
+    else:
+        network = frozen(cfg)
+    # Official code differs: LPIPS gets small pictures as they are. Enlarged, all networks can read them.
+    return lambda x: network(enlarged(x, cfg.size))
+
+def frozen(cfg):
+    """The network of the file --teacher, tried on one image and on two; UserError."""
+    x = torch.linspace(-1, 1, 6 * cfg.size ** 2, device=common.device_of(cfg)).view(2, 3, cfg.size, cfg.size)
+    with data.reading(cfg.teacher), torch.no_grad():
         script = cfg.teacher.endswith(".pt")
-        network = torch.jit.load(cfg.teacher) if script else torch.export.load(cfg.teacher).module()
-    return nn.Sequential(network).requires_grad_(False).to(common.device_of(cfg))
+        network = torch.jit.load(cfg.teacher).eval() if script else torch.export.load(cfg.teacher).module()
+        network = nn.Sequential(network).requires_grad_(False).to(x.device)
+        state = copy.deepcopy(network.state_dict())
+        one, two, again = network(x[:1]), network(x), network(x)
+    still = all(map(torch.equal, (two, *state.values()), (again, *network.state_dict().values())))
+    common.need(still, f"--teacher {cfg.teacher}: draws or learns when it is called: save it after .eval()")
+    maps = one.ndim == 4 and len(two) == 2
+    common.need(maps, f"--teacher {cfg.teacher}: gives {tuple(one.shape)}, not maps (B, S, h, w)")
+    return network
 
 def draw(dataset, cfg, step, stage, batch, device):
     """One step's images, their index, draws (B, 106 + N) and (3) for all: global, cut to this rank."""
@@ -639,12 +672,16 @@ def train_tokenizer(cfg):
         set_rate(opt, step / run.total, cfg.lr * cfg.batch / 256, cfg.warmup, 0.1, 0.1)
         with common.autocast(cfg):
             value, terms, (ids, *pair) = loss_tokenizer(model, x, draws, weight, look, disc)
-            if weight["gan"]:
-                terms["disc"], means = loss_disc(disc, look, *pair, v[1:], weight["gan"])
-                disc.means.lerp_(common.average(means), 0.001)
+            if cfg.gan:
+                # From step 1, though with weight 0 until --gan_from: LeCam's means are settled by then.
+                # Official code differs: there each process has means of its own.
+                logits = disc_logits(disc, look, *pair, v[1:])
+                now = torch.stack([part.detach().mean() for part in logits[:2]])
+                disc.means.lerp_(common.average(now), 0.001)
+                terms["disc"] = loss_disc(logits, disc.means, weight["gan"])
         opt.zero_grad()
         value.backward(inputs=[*model.parameters()])            # none for the discriminator
-        if weight["gan"]:
+        if cfg.gan:
             terms["disc"].backward()
         common.average_gradients(params)
         for network in (model, disc):
@@ -707,7 +744,7 @@ def decoded(tokenizer, cfg, ids):
 
 def error(y, x):
     """Squared error of images y, enlarged to x, over the variance of x: 1 is the mean image, for all."""
-    return ((F.interpolate(y, x.shape[2:], mode="bicubic") - x).square().mean() / x.var(0).mean()).item()
+    return ((enlarged(y, x.shape[-1]) - x).square().mean() / x.var(0).mean()).item()
 
 def picture(path, columns, heads=(), rows=()):
     """Columns of images (M, 3, r, r), each at its own side, centred on white, as a PNG."""
@@ -741,8 +778,7 @@ def report(cfg, path, where):
     """Pictures of a checkpoint and its figures, printed; 1 where the demo missed its target."""
     tokenizer, ar = load(cfg, path)
     if ar:
-        chosen = [*range(ar.classes)] if cfg.classes == "all" else [*map(int, cfg.classes.split(","))]
-        common.need(max(chosen) < ar.classes, f"--classes {cfg.classes}: labels are 0 to {ar.classes - 1}")
+        chosen = parse_classes(cfg, ar.classes) or [*range(ar.classes)]
         y = torch.from_numpy(np.resize(chosen, cfg.count))
         u = torch.rand(cfg.count, kept(cfg), generator=common.draws(cfg.seed, 0, "sample"))
         drawn = by_blocks(cfg, lambda a, b: generate(ar, a, b, cfg), y, u)
@@ -754,6 +790,7 @@ def report(cfg, path, where):
         return 0
     test = open_split(cfg, "test", cfg.count)
     x = test.pixels(np.arange(min(cfg.count, len(test)))).to(torch.get_default_dtype())
+    common.need(len(x) > 1, f"--count {cfg.count} of {len(test)} test images: the error needs 2 or more")
     ids, names = encoded(tokenizer, cfg, x)[:, 0], [test.classes[label] for label in test.labels[:10]]
     sweep(where / "prefixes.png", tokenizer, cfg, ids[:10], names, image=lambda _: x[:10])
     if cfg.correct:
@@ -763,7 +800,7 @@ def report(cfg, path, where):
     found = {"error": errors[cfg.tokens], "codes": len(ids.unique())}
     if ar and cfg.steps >= 100:
         ruler = common.judge(open_split(cfg, "judge"), "ruler")
-        found["accuracy"] = common.accuracy(ruler, decoded(tokenizer, cfg, drawn), y)
+        found["accuracy"] = common.accuracy(ruler, enlarged(decoded(tokenizer, cfg, drawn), cfg.size), y)
     print(", ".join(f"{name} {value:.3g} (target {TARGET[name]})" for name, value in found.items()))
     missed = found.pop("error") > TARGET["error"] or any(found[name] < TARGET[name] for name in found)
     return int(cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and missed)

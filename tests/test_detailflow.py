@@ -385,7 +385,6 @@ def test_invariant_01_resolution_law():
         assert law[0] == 1 and law[-1] == R and all(a < b for a, b in zip(law, law[1:]))
         b = (R - 1) / (N - 1) ** cfg.alpha                              # Eq. (3)
         close(law, [R - b * (N - n) ** cfg.alpha for n in range(1, N + 1)], 1e-9)
-        close([detailflow.tokens_for(r, cfg) for r in law], [float(n) for n in range(1, N + 1)], 1e-9 * N)
         if cfg.alpha == 1:
             close([b - a for a, b in zip(law, law[1:])], [(R - 1) / (N - 1)] * (N - 1), 1e-12)
     nearest = dataclasses.replace(PAPER, rounding="nearest")
@@ -631,7 +630,8 @@ def test_invariant_12_where_gradients_stop(c, s):
 
 def test_invariant_12_refined_queries_rest_without_correction():
     model, x = tokenizer(), images(2)
-    detailflow.loss_tokenizer(model, x, (12, None, None, None), detailflow.weights(config(align=0.0), 0))[0].backward()
+    weight = detailflow.weights(config(align=0.0, perceptual=0.0), 0)
+    detailflow.loss_tokenizer(model, x, (12, None, None, None), weight)[0].backward()
     assert model.encoder.refined.grad is None and model.refine.weight.grad is None and model.encoder.queries.grad.any()
 
 
@@ -888,7 +888,7 @@ def plain_loss(model, x, n, s, u, weight, look):
 def test_tokenizer_step_by_hand(n, s):
     cfg, x, u, look = config(perceptual=0.7, ramp=10, align=0.6, causal=3), images(2), uniform(2, 12), judge()
     weight = detailflow.weights(cfg, 5)
-    assert weight == {"mse": 1, "codebook": 1, "commit": 0.25, "align": 0.6, "lpips": 0.35, "gan": 0.0}
+    assert weight == {"mse": 1, "codebook": 1, "commit": 0.25, "align": 0.6, "lpips": 0.42, "gan": 0.0}
     model, other = tokenizer(5, causal=3), tokenizer(5, causal=3)
     value, terms, (ids, recon, goal) = detailflow.loss_tokenizer(model, x, (n, s, u, None), weight, look)
     expected, parts = plain_loss(other, x, n, s, u, weight, look)
@@ -907,7 +907,7 @@ def test_tokenizer_step_by_hand(n, s):
 def test_adversarial_term_by_hand():
     cfg, look = config(gan=0.3, gan_from=4, align=0.0, perceptual=0.0), judge()
     x, u, v = images(2), uniform(2, 12), uniform(4, 10)
-    assert [detailflow.weights(cfg, step)["gan"] for step in (0, 3, 4, 5)] == [0, 0, 0.3, 0.3]
+    assert [detailflow.weights(cfg, step)["gan"] for step in (0, 2, 3, 4)] == [0, 0, 0.3, 0.3]
     disc, model = awake(detailflow.Discriminator(5)), tokenizer()
     weight = detailflow.weights(cfg, 4)
     value, terms, (_, recon, _) = detailflow.loss_tokenizer(model, x, (12, 3, u, v), weight, look, disc)
@@ -920,10 +920,11 @@ def test_adversarial_term_by_hand():
 
 
 def test_schedules_of_the_losses():
+    """The official code counts its steps from 1 (global_step = train_steps + 1), the loop here from 0."""
     cfg = detailflow.Config()
-    w = {step: detailflow.weights(cfg, step) for step in (0, 5000, 10_000, 39_999, 40_000, 10 ** 6)}
-    assert [w[step]["lpips"] for step in w] == [0, 0.5, 1, 1, 1, 1]
-    assert [w[step]["gan"] for step in w] == [0, 0, 0, 0, 0.2, 0.2]
+    w = {number: detailflow.weights(cfg, number - 1) for number in (1, 5000, 10_000, 39_999, 40_000, 10 ** 6)}
+    assert [w[number]["lpips"] for number in w] == [1e-4, 0.5, 1, 1, 1, 1]
+    assert [w[number]["gan"] for number in w] == [0, 0, 0, 0, 0.2, 0.2]
     assert all(x["mse"] == x["codebook"] == 1 and x["commit"] == 0.25 and x["align"] == 1 for x in w.values())
     assert detailflow.weights(config(ramp=0, perceptual=0.5), 1)["lpips"] == 0.5
 
@@ -966,8 +967,10 @@ def test_augmentation_by_hand(h, cut, chance):
 def test_discriminator_step_by_hand():
     disc, look, v = awake(detailflow.Discriminator(5)), judge(), uniform(4, 4, 10)
     goal, recon = images(2, seed=3), images(2, seed=4)
-    disc.means.copy_(torch.tensor([0.4, -0.3]))
-    value, means = detailflow.loss_disc(disc, look, recon, goal, v, 0.2)
+    logits = detailflow.disc_logits(disc, look, recon, goal, v)
+    means = torch.tensor([0.4, -0.3])
+    value = detailflow.loss_disc(logits, means, 0.2)
+    assert detailflow.loss_disc(logits, means, 0.0) == 0                # before --gan_from: consistency as well
     cases = (goal, v[0], 0.2, 0.5), (recon, v[1], 0.2, 0.5), (goal, v[2], 0.5, 1.0), (recon, v[3], 0.5, 1.0)
     real, fake, hard_real, hard_fake = (
         disc(look(torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, w)]))).detach().flatten()
@@ -977,7 +980,8 @@ def test_discriminator_step_by_hand():
     lecam = np.mean(np.square(over(real + 0.3))) + np.mean(np.square(over(0.4 - fake)))
     even = ((hard_real - real).square().mean() + (hard_fake - fake).square().mean()) / 2
     close(value.detach() / 100, (0.2 * (hinge + 0.001 * lecam) + 4 * even).detach() / 100, 1e-11)
-    close(means, torch.stack([real.mean(), fake.mean()]).detach(), 1e-12)
+    close(torch.stack([a.mean() for a in logits]).detach(),
+          torch.stack([a.mean() for a in (real, fake, hard_real, hard_fake)]).detach(), 1e-12)
     layers = [type(layer).__name__ for layer in disc]
     assert layers == ["Conv2d", "LeakyReLU", "Conv2d"] and disc[1].negative_slope == 0.2
     assert disc[0].kernel_size == disc[2].kernel_size == (1, 1) and disc[2].out_channels == 1
@@ -1055,7 +1059,7 @@ def adam_first(p, g, lr, decay=0.0, eps=1e-8):
 
 def test_first_training_steps_by_hand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second, rival = (watched(monkeypatch, name) for name in ("loss_tokenizer", "loss_ar", "loss_disc"))
+    first, second, rival = (watched(monkeypatch, name) for name in ("loss_tokenizer", "loss_ar", "disc_logits"))
     run(*tiny(steps=1, kmeans=0, degrade=1, lr=0.3, lr_ar=0.2, gan_from=0, dropout=0, batch_ar=6, ema=0.8, ramp=0))
     model, x, draws, weight, look, disc = first[0]
     value, terms, (ids, recon, goal) = detailflow.loss_tokenizer(*first[0])
@@ -1065,11 +1069,12 @@ def test_first_training_steps_by_hand(tmp_path, monkeypatch):
         p = model.get_parameter(name).detach()
         expected = p if g is None else adam_first(p, g, lr)
         close(saved["tokenizer"][name], expected, 2e-6)
-    rivals, means = detailflow.loss_disc(*rival[0])
-    for name, g in clipped(rival[0][0], rivals).items():
+    logits = detailflow.disc_logits(*rival[0])
+    means = 0.001 * torch.stack([logits[0].mean(), logits[1].mean()]).detach()
+    for name, g in clipped(rival[0][0], detailflow.loss_disc(logits, means, 0.2)).items():
         close(saved["disc"][name], adam_first(disc.get_parameter(name).detach(), g, lr), 2e-6)
-    close(saved["disc"]["means"], 0.001 * means, 1e-7)
-    assert rival[0][5] == weight["gan"] == 0.2 and torch.equal(rival[0][2], recon) and torch.equal(rival[0][3], goal)
+    close(saved["disc"]["means"], means, 1e-7)
+    assert weight["gan"] == 0.2 and torch.equal(rival[0][2], recon) and torch.equal(rival[0][3], goal)
     use, picks = saved["tokenizer"]["vq.use"], torch.bincount(ids.flatten(), minlength=16)
     close(use / use.sum(), picks / picks.sum(), 1e-6)
     model, ((triples, y), (noisy, drop)) = second[0][0], second[0][1:]
@@ -1082,13 +1087,53 @@ def test_first_training_steps_by_hand(tmp_path, monkeypatch):
         close(saved["ema"][name], 0.8 * p + 0.2 * moved, 2e-6)
 
 
+def test_lecam_means_move_from_the_first_step_and_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen, original = [], detailflow.loss_disc
+
+    def loss_disc(logits, means, weight):
+        seen.append(([a.mean().item() for a in logits[:2]], means.tolist(), weight))
+        return original(logits, means, weight)
+    monkeypatch.setattr(detailflow, "loss_disc", loss_disc)
+    run(*tiny(steps=5, stage="tokenizer", gan_from=4))
+    means = [0.0, 0.0]
+    for now, read, _ in seen:
+        means = [0.999 * old + 0.001 * new for old, new in zip(means, now)]
+        close(read, means, 1e-6)
+    assert [weight for *_, weight in seen] == [0, 0, 0, 0.2, 0.2] and all(means)
+    saved = torch.load("runs/detailflow/demo/tokenizer.pt", weights_only=True)["state"]
+    close(saved["disc"]["means"], means, 1e-6)
+    assert saved["opt"]["state"][len(saved["opt"]["state"]) - 1]["step"] == 5       # Adam counts the idle steps as well
+
+
+@torch.no_grad()
+def test_teachers_and_rulers_read_pictures_of_one_side(tmp_path, monkeypatch):
+    """The prefixes of few tokens are smaller than any network can read: they come enlarged."""
+    cfg = config(size=32, tokens=32, group=4, causal=4, steps=2)
+    look = detailflow.teacher(cfg)
+    for side in sorted({detailflow.side(n, cfg) for n in detailflow.admissible(cfg)}):
+        x = images(2, side).float()
+        whole = F.interpolate(x, (32, 32), mode="bicubic")
+        close(look(x), look(whole), 1e-6)
+        assert look(x).shape == look(torch.zeros(2, 3, 32, 32)).shape
+    monkeypatch.chdir(tmp_path)
+    read, original = [], common.accuracy
+    monkeypatch.setattr(common, "judge", lambda data, role: common.Judge(3, 8, 10, 32).eval().requires_grad_(False))
+    monkeypatch.setattr(common, "accuracy", lambda ruler, x, y: read.append(x.shape) or original(ruler, x, y))
+    small = config(size=32, patch=4, tokens=8, group=2, causal=2, keep="1", steps=100, count=4)
+    model, other = detailflow.Tokenizer(small), detailflow.AR(small, 10)
+    checkpoint(tmp_path / "ar.pt", small, tokenizer=model, ema=other)
+    detailflow.report(small, tmp_path / "ar.pt", tmp_path)
+    assert read == [(4, 3, 32, 32)]
+
+
 def test_draws_of_a_run_follow_the_schedule(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls = watched(monkeypatch, "loss_tokenizer")
     run(*tiny(stage="tokenizer", steps=40, kmeans=3, gan_from=5, ramp=10, degrade=0.6, align=0, batch=2))
     for step, (model, x, (n, s, u, v), weight, _, _) in enumerate(calls):
         assert model.vq.free == (step < 3) and x.shape == (2, 3, 8, 8) and n in (1, 2, 4, 6, 8)
-        assert weight["gan"] == (0.2 if step >= 5 else 0) and math.isclose(weight["lpips"], min(1, step / 10))
+        assert weight["gan"] == (0.2 if step >= 4 else 0) and math.isclose(weight["lpips"], min(1, (step + 1) / 10))
         if step < 3:
             assert n == 8 and s is None
         else:
@@ -1311,6 +1356,13 @@ BAD = """--tokens 18 -> --tokens 18: must be a multiple of --group 4
 --top_k -1 -> --top_k -1
 --temperature 0 -> --temperature 0
 --guidance -1 -> --guidance -1
+--guidance inf -> --guidance inf
+--guidance nan -> --guidance nan
+--temperature inf -> --temperature inf
+--alpha inf -> --alpha inf
+--zoom inf -> --zoom inf
+--gan inf -> --gan inf
+--lr_ar nan -> --lr_ar nan
 --zoom 0.5 -> --zoom 0.5
 --objects 5 -> --objects 5
 --gan -1 -> --gan -1
@@ -1320,6 +1372,9 @@ BAD = """--tokens 18 -> --tokens 18: must be a multiple of --group 4
 --count 0 -> --count 0
 --classes a -> --classes a
 --classes 1, -> --classes 1,
+--classes 30 -> labels are 0 to 9
+--classes 3,10 -> labels are 0 to 9
+--count 1 -> 2 images or more
 --encode x.npz -> --sample
 --decode x.npz -> --sample
 --stage what -> invalid choice
@@ -1488,6 +1543,95 @@ def test_images_from_a_file(tmp_path, monkeypatch, capsys):
     stops(tiny(steps=2, data="npz:wide.npz", name="x"), "4x4 pixels where 8", capsys)
 
 
+def packed(path, train, test, side=8):
+    """An npz of pictures of noise, in three classes."""
+    g = np.random.default_rng(0)
+    arrays = {f"{split}_images": g.integers(0, 256, (M, side, side, 3), dtype=np.uint8)
+              for split, M in (("train", train), ("test", test))}
+    np.savez(path, **arrays, train_labels=np.arange(train) % 3, test_labels=np.arange(test) % 3)
+
+
+class OneSide(torch.nn.Module):
+    """A teacher as a transformer is: it reads pictures of 256 pixels and no others."""
+
+    def forward(self, x):
+        assert x.shape[-1] == 256
+        return torch.nn.functional.avg_pool2d(x, 32)
+
+
+NARROW = dict(encoder="16x1x2x16", decoder="16x1x2x16", gpt="16x1x2x16", codes=64, batch=2, batch_ar=2, count=2, steps_ar=2)
+SHRUNK = {"demo": dict(steps=10, kmeans=3), "small": dict(steps=15, kmeans=3, gan_from=7, ramp=6, data="npz:32.npz")}
+
+
+KINDS = ["demo", "small", "DetailFlow-16", "DetailFlow-16x16", "DetailFlow-16-B"]
+
+
+def test_all_other_presets_differ_from_these_in_width_and_length_alone():
+    same = dict(preset="", tokens=128, guidance=1.5, gpt="")
+    kinds = [dataclasses.replace(preset(name), **same) for name in KINDS]
+    assert all(dataclasses.replace(preset(name), **same) in kinds for name in detailflow.PRESETS)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_presets_run_over_all_their_phases(name, tmp_path, monkeypatch):
+    """Shrunk in width and steps, not in kind: before and after k-means, the ramp and the start of the
+    discriminator, with few tokens and with many, then stage ar."""
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(OneSide()).save("siglip2.pt")
+    changes = NARROW | SHRUNK.get(name, dict(steps=3, ramp=2, gan_from=2, data="npz:256.npz"))
+    cfg = dataclasses.replace(preset(name), **changes)
+    packed(f"{cfg.size}.npz", 4, 2, cfg.size)
+    if cfg.stage == "ar":
+        checkpoint(tmp_path / "tokenizer.pt", cfg, tokenizer=detailflow.Tokenizer(cfg))
+        changes["tokenizer"] = "tokenizer.pt"
+    counts = detailflow.admissible(cfg) if cfg.size < 256 else [1, 7, cfg.tokens]
+    lengths = itertools.chain(counts, itertools.repeat(cfg.tokens))
+    monkeypatch.setattr(detailflow, "prefix_length", lambda u, v, cfg: next(lengths))
+    calls = watched(monkeypatch, "loss_tokenizer")
+    run("--preset", name, "--no-bf16", *[word for key in changes for word in (f"--{key}", str(changes[key]))])
+    made = {path.name for path in tmp_path.rglob("runs/**/*.p*")}
+    assert made >= {"ar.pt", "prefixes.png", "correction.png", "generation.png"}
+    if cfg.stage == "all":
+        phases = [(model.vq.free, weight["gan"] > 0) for model, _, _, weight, *_ in calls]
+        assert set(phases) == {(step < cfg.kmeans, bool(cfg.gan) and step + 1 >= cfg.gan_from) for step in range(cfg.steps)}
+        assert len(set(phases)) == 1 + bool(cfg.kmeans) + bool(cfg.gan)
+        assert [call[2][0] for call in calls if not call[0].vq.free][:len(counts)] == counts
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_tokens_with_all_losses_at_once(n, tmp_path, monkeypatch):
+    """1 to 3 tokens of `small` are pictures of 4 pixels: losses and gradients with the trained judge's kind of network."""
+    monkeypatch.chdir(tmp_path)
+    cfg = dataclasses.replace(preset("small"), encoder="16x1x2x16", decoder="16x1x2x16", ramp=0, gan_from=0)
+    assert detailflow.side(n, cfg) == 4
+    judge = common.Judge(3, 32, 10, 32).eval().requires_grad_(False)            # as for images of 32 pixels
+    monkeypatch.setattr(common, "judge", lambda data, role: judge)
+    monkeypatch.setattr(detailflow, "open_split", lambda *args: None)
+    look, model, disc = detailflow.teacher(cfg), detailflow.Tokenizer(cfg, 64), detailflow.Discriminator(64)
+    draws = n, None if n == 1 else 0, torch.rand(2, 32), torch.rand(4, 10)
+    value, terms, _ = detailflow.loss_tokenizer(model, images(2, 32).float(), draws, detailflow.weights(cfg, 0), look, disc)
+    value.backward()
+    assert terms.keys() == {"mse", "codebook", "commit", "lpips", "gan", "align"} and value.isfinite()
+    assert model.decoder.head.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("train, test, error", [(1, 5, "train split of npz:few.npz: 1 image"),
+                                                (20, 1, "test split of npz:few.npz: 1 image")])
+def test_too_few_pictures_are_refused_before_training(train, test, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    packed("few.npz", train, test)
+    stops(tiny(data="npz:few.npz", steps=100), error, capsys)
+    assert not (tmp_path / "runs" / "detailflow").exists()
+
+
+def test_few_pictures_suffice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    packed("few.npz", 2, 2)
+    run(*tiny(data="npz:few.npz", steps=3))
+    assert "nan" not in capsys.readouterr().out
+    stops(["--sample", "runs/detailflow/demo/tokenizer.pt", "--count", "1"], "the error needs 2 or more", capsys)
+
+
 class Features(torch.nn.Module):
     """A teacher: 7 features of each quarter of the picture."""
 
@@ -1505,6 +1649,40 @@ def test_teacher_from_a_file(tmp_path, monkeypatch):
     run(*tiny(steps=2, gan_from=0, kmeans=0, teacher="teacher.pt", stage="tokenizer"))
     state = torch.load("runs/detailflow/demo/tokenizer.pt", weights_only=True)["state"]
     assert len(state["tokenizer"]["align.4.bias"]) == 7 and state["disc"]["0.weight"].shape[:2] == (7, 7)
+
+
+class Restless(torch.nn.Module):
+    """A network that was left in training mode: dropout draws, batch norm learns."""
+
+    def __init__(self, draws=0.0):
+        super().__init__()
+        self.conv, self.norm, self.drop = torch.nn.Conv2d(3, 7, 4, stride=4), torch.nn.BatchNorm2d(7), torch.nn.Dropout(draws)
+
+    def forward(self, x):
+        return self.drop(self.norm(self.conv(x)))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_teacher_in_training_mode_is_put_to_rest(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.jit.script(Restless(0.5).train()).save("script.pt")
+    cfg = config(teacher="script.pt", size=8)
+    look, x = detailflow.teacher(cfg), images(4, 8).float()
+    assert torch.equal(look(x), look(x)) and look(x).shape == (4, 7, 2, 2)
+    for number, network in enumerate((Restless(0.5), Restless())):             # dropout or statistics that no eval() reaches
+        torch.jit.trace(network.train(), torch.randn(2, 3, 8, 8), check_trace=False).save(f"{number}.pt")
+        stops(tiny(teacher=f"{number}.pt"), f"--teacher {number}.pt", capsys)
+
+
+def test_a_teacher_that_does_not_fit_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(torch.export.export(Features(), (torch.randn(4, 3, 8, 8),)), "fixed.pt2")
+    stops(tiny(teacher="fixed.pt2"), "fixed.pt2", capsys)                       # it takes 4 pictures and no other number
+    torch.jit.script(torch.nn.Flatten()).save("flat.pt")
+    stops(tiny(teacher="flat.pt"), "flat.pt", capsys)
+    torch.jit.script(torch.nn.Conv2d(1, 7, 2)).save("grey.pt")
+    stops(tiny(teacher="grey.pt"), "grey.pt", capsys)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_exported_teacher_from_a_file(tmp_path, monkeypatch):
