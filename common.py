@@ -2,131 +2,346 @@
 
 One idea runs through it: randomness is a function of (seed, step), so that a run can stop, go on, log and
 draw, in one process or several, without changing what it learns.
+
+Read in this order: make_generator and shard; Run.steps, log and save; the rest when a method file calls it.
 """
+
+import functools
 import hashlib
 import inspect
 import json
 import logging
 import math
+import operator
 import os
 import re
-import resource
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
 from dataclasses import asdict, fields
 from pathlib import Path
 from struct import pack
 
+# torch's threads spin while they wait for one another: beside another busy process that costs ten times the
+# time. OpenMP reads this once, when torch is imported; so method files import common before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-
 # --- Command line --------------------------------------------------------------
-class UserError(Exception):                 # a mistake that one line can explain; ends with exit code `code`
+
+
+class UserError(Exception):
+    """A mistake that one line can explain: launch prints it and leaves with exit code `code`."""
+
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
-def need(condition, message, code=2):       # raise UserError(message) unless the condition holds
+
+
+def require(condition, message, code=2):
+    """Raise UserError(message, code) unless the condition holds."""
     if not condition:
         raise UserError(message, code)
 
-def quit_with(error):                       # in one line; rank 0 speaks for all, unless another fails alone
+
+def quit_with(error):
+    """Print an error in one line on stderr and leave; rank 0 speaks for all, unless another fails alone."""
     code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 2)
-    if rank() > 0:                                              # by then the launcher has ended this process
+    if rank() > 0:
+        # Rank 0 has 5 s to say the same. If it does, the launcher ends this process meanwhile.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
         time.sleep(5)
-    print("error:", " ".join(str(error).split()) or "interrupted", file=sys.stderr, flush=True)
+    text = " ".join(str(error).split()) or "interrupted"
+    print("error:", text, file=sys.stderr, flush=True)
     sys.exit(code)
 
-def cli(Config, PRESETS, doc, argv=None):
-    """The command line as a Config: defaults, then the preset, then what was given. --resume and --sample
-    start from the stored configuration and refuse to contradict it."""
+
+RANGE = re.compile(r"(?P<range>(?:[<>]=? \S+)(?: and [<>]=? \S+)*|in [\[(]\S+, \S+[\])]): (?P<text>.*)")
+
+
+def field_notes(Config):
+    """{field: (range, help)} from the comments behind the fields of a Config: `p: int = 2   # >= 1: side`.
+
+    A range is written "> 0", ">= 0 and < 1" or "in [0, 1)"; it is "" where the comment begins otherwise.
+    """
+    notes = {}
+    for name, comment in re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.M):
+        found = RANGE.fullmatch(comment)
+        notes[name] = (found["range"], found["text"]) if found else ("", comment)
+    return notes
+
+
+def in_range(value, text):
+    """Whether a number lies in a range of field_notes. NaN never does, infinity only where it is named."""
+    if math.isnan(value) or math.isinf(value) and "inf]" not in text:
+        return False
+    compare = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+    if text.startswith("in "):
+        low, high = text[4:-1].split(", ")
+        text = f"{'>=' if text[3] == '[' else '>'} {low} and {'<=' if text[-1] == ']' else '<'} {high}"
+    bounds = [part.split() for part in text.split(" and ") if part]
+    return all(compare[sign](value, float(bound)) for sign, bound in bounds)
+
+
+def check_ranges(cfg):
+    """UserError that names the first field of a configuration outside its range or its words."""
+    notes = field_notes(type(cfg))
+    for field in fields(cfg):
+        value = getattr(cfg, field.name)
+        text, _ = notes.get(field.name, ("", ""))
+        words = getattr(field.type, "__args__", ())
+        if words:
+            require(value in words, f"--{field.name} {value}: must be one of {', '.join(words)}")
+        if type(value) in (int, float):
+            require(in_range(value, text), f"--{field.name} {value}: must be {text or 'a finite number'}")
+
+
+def build_parser(Config, PRESETS, doc):
+    """A parser with a flag a field of Config; its help is the comment behind the field."""
     parser = ArgumentParser(
-        description=f"{doc}\nPresets: {', '.join(PRESETS)}", usage="python %(prog)s [--field value] [--flag]",
+        description=doc + "\nPresets:\n" + "\n".join(f"  {name}" for name in PRESETS),
+        usage="python %(prog)s [--field value] [--flag]  (Python 3.10 or newer)",
+        epilog=f"--sample CHECKPOINT takes the checkpoint's own values; only these may change: "
+               f"{', '.join(free_with_sample(Config))}.",
         formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: need(False, f"{message}; --help lists every flag")
-    helps = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.M))
+    parser.error = refuse_words
+    notes = field_notes(Config)
+    demo = resolve(Config, PRESETS, Config.preset, {})
     for field in fields(Config):
-        words = PRESETS if field.name == "preset" else getattr(field.type, "__args__", None)
-        how = {"type": type(field.default), "choices": words, "metavar": field.name.upper()}
-        how = {"action": BooleanOptionalAction} if field.type is bool else how
-        text = f"{helps.get(field.name, '')} (default {field.default!r})".replace("%", "%%")
-        parser.add_argument(f"--{field.name}", help=text, **how)
-    try:
-        given = vars(parser.parse_args(argv))
-        preset = given.get("preset", Config.preset)
-        cfg = Config(**{"preset": preset, **PRESETS[preset], **given})
-        cfg.name = cfg.name or re.sub(r"[^\w.+-]", "-", preset)
-        need(re.fullmatch(r"\w[\w.+-]*", cfg.name), f"--name {cfg.name}: letters, digits and . _ + - only")
-        source = cfg.sample or folder(cfg) / "config.json"
-        free = ("steps", "log", "save", "gpus", "device", "stage", "resume")
-        if cfg.sample:
-            free = ("sample", "seed", "device", *Config.sampling)
-            stored = read_checkpoint(source, folder(cfg).parent.name)["config"] | {"gpus": 1}
-        elif cfg.resume and source.exists():
-            stored = json.loads(source.read_text())
+        text, help_text = notes.get(field.name, ("", ""))
+        words = tuple(PRESETS) if field.name == "preset" else getattr(field.type, "__args__", ())
+        parts = [help_text]
+        if text:
+            parts.append(f"({text})")
+        if words and field.name != "preset":
+            parts.append(f"[{', '.join(words)}]")
+        parts.append(f"(default {getattr(demo, field.name)!r})")
+        options = dict(help=" ".join(parts).replace("%", "%%"))
+        if field.type is bool:
+            options["action"] = BooleanOptionalAction
         else:
-            return cfg
-        odd = ", ".join({field.name for field in fields(Config)} ^ set(stored))
-        need(not odd, f"{source}: written by another version of this file (fields {odd})")
-        for name, value in given.items():
-            fine = name in free or name.startswith("steps_") and cfg.resume or value == stored[name]
-            need(fine, f"--{name} {value}: {source} has {stored[name]!r}; free are {', '.join(free)}")
-        return Config(**{**stored, **given})
+            options |= dict(type=type(field.default), metavar=field.name.upper())
+        if words:
+            options["choices"] = words
+        parser.add_argument(f"--{field.name}", **options)
+    return parser
+
+
+def refuse_words(message):
+    """What argparse calls with its complaint, in place of printing its usage."""
+    raise UserError(f"{message}; --help lists every flag")
+
+
+def free_with_sample(Config):
+    """What --sample may change: how it draws and where it writes, not what was trained."""
+    return [name for name in ("sample", "seed", "device", "out", *Config.sampling) if hasattr(Config, name)]
+
+
+def resolve(Config, PRESETS, preset, given):
+    """A Config: the defaults, then the preset, then what was given, {field: value}.
+
+    A stage's own number of steps, steps_X, is filled in: --steps_X if given, else --steps if given, else the
+    preset's steps_X, else its steps.
+    """
+    values = {"preset": preset, **PRESETS[preset], **given}
+    return Config(**fill_steps(Config, values, given))
+
+
+def fill_steps(Config, values, given):
+    """The values with every steps_X set, as `resolve` says."""
+    steps = values.get("steps", Config.steps)
+    stages = [field.name for field in fields(Config) if field.name.startswith("steps_")]
+    for name in stages:
+        if name not in given and "steps" in given or not values.get(name):
+            values = {**values, name: steps}
+    return values
+
+
+def cli(Config, PRESETS, doc, argv=None):
+    """The command line as a Config: defaults, then the preset, then what was given.
+
+    --resume and --sample start from the stored configuration and refuse to contradict it. Every mistake ends
+    the process with one line on stderr and exit code 2.
+    """
+    try:
+        given = vars(build_parser(Config, PRESETS, doc).parse_args(argv))
+        cfg = resolve(Config, PRESETS, given.get("preset", Config.preset), given)
+        cfg.name = cfg.name or re.sub(r"[^\w.+-]", "-", cfg.preset)
+        require(re.fullmatch(r"\w[\w.+-]*", cfg.name), f"--name {cfg.name}: letters, digits and . _ + - only")
+        if cfg.sample:
+            stored = read_checkpoint(cfg.sample, folder(cfg).parent.name)["config"] | {"gpus": 1}
+            cfg = merge_stored(Config, stored, given, cfg.sample, free_with_sample(Config))
+        elif cfg.resume:
+            source = folder(cfg) / "config.json"
+            free = ("name", "steps", "log", "save", "gpus", "device", "accumulate", "stage", "resume")
+            cfg = merge_stored(Config, read_config(source), {"name": cfg.name, **given}, source, free)
+        check_ranges(cfg)
+        return cfg
     except (UserError, OSError) as error:
         quit_with(error)
-    except json.JSONDecodeError as error:
-        quit_with(f"{source}: {error}")
 
-def is_preset(cfg, PRESETS):                # but for where and how often it writes: then a target counts
+
+def read_config(path):
+    """The fields that a run stored in its config.json; UserError where there is none, or nothing readable."""
+    runs = sorted(found.parent.name for found in path.parent.parent.glob("*/config.json"))
+    require(path.exists(), f"{path.parent}: no run to resume; there are: {', '.join(runs) or 'none'}")
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: no configuration can be read there ({error})") from None
+    require(isinstance(stored, dict), f"{path}: holds no configuration")
+    return stored
+
+
+def merge_stored(Config, stored, given, source, free):
+    """A Config from the stored fields of `source`; of what is given, only the `free` fields may differ."""
+    types = {field.name: type(field.default) for field in fields(Config)}
+    odd = ", ".join(sorted(types.keys() ^ stored.keys()))
+    require(not odd, f"{source}: written by another version of this file (fields {odd})")
+    for name, kind in types.items():
+        value = stored[name]
+        fits = type(value) is kind or kind is float and type(value) is int
+        require(fits, f"{source}: field {name} is {value!r}, not of type {kind.__name__}")
+    for name, value in given.items():
+        fine = name in free or name.startswith("steps_") and "steps" in free or value == stored[name]
+        require(fine, f"--{name} {value}: {source} has {stored[name]!r}; free are {', '.join(free)}")
+    return Config(**fill_steps(Config, {**stored, **given}, given))
+
+
+def is_preset(cfg, PRESETS):
+    """Whether a run has exactly its preset's settings, but for where and how often it writes.
+
+    Only then does a target count.
+    """
     free = {name: getattr(cfg, name) for name in ("name", "resume", "log", "save")}
-    return cfg == type(cfg)(**{"preset": cfg.preset, **PRESETS[cfg.preset], **free})
+    return asdict(cfg) == asdict(resolve(type(cfg), PRESETS, cfg.preset, {})) | free
+
 
 # --- Launch --------------------------------------------------------------------
-def launch(main, cfg, processes=None):
-    """The method's check(cfg), once its prepare(cfg), then main(cfg) in `processes` processes (cfg.gpus), or
-    as one that spawn or torchrun has started. Exits with main's code unless 0, 2 (mistake), 128 + signal."""
-    local = os.environ.get("LOCAL_RANK", "0")
+
+
+def launch(main, cfg, check=None, prepare=None, processes=None):
+    """check(cfg), once prepare(cfg), then main(cfg) in `processes` processes, by default cfg.gpus.
+
+    Under torchrun this process is one of them already. Leaves with main's code unless it is 0 or None, with 2
+    after a mistake of the user, with 128 + signal after a signal; all else is a bug and keeps its traceback.
+    """
+    check = check or main.__globals__["check"]
+    prepare = prepare or main.__globals__["prepare"]
+    local = int(os.environ.get("LOCAL_RANK", 0))
     processes = int(os.environ.get("WORLD_SIZE", processes or cfg.gpus))
     try:
-        check(main, cfg, processes)
+        check_ranges(cfg)
+        check_machine(cfg, processes)
+        check(cfg)
+        torch.set_num_threads(min(torch.get_num_threads(), processors()))
         if processes > 1 and "RANK" in os.environ:
-            if device_of(cfg).type == "cuda":
-                torch.cuda.set_device(int(local))
-            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
-            dist.init_process_group("gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl")
-        if local == "0" and os.environ.get("TORCHELASTIC_RUN_ID") != "prepared":
-            main.__globals__["prepare"](cfg)
+            join_group(cfg, local)
+        if local == 0 and os.environ.get("TORCHELASTIC_RUN_ID") != "prepared":
+            prepare(cfg)
         barrier()
-        code = main(cfg) if world() == processes else spawn(main, cfg, processes)
+        if world() == processes:
+            code = main(cfg)
+        else:
+            code = spawn(main, cfg, check, prepare, processes)
         if world() > 1:
             dist.destroy_process_group()
-    except (UserError, OSError, KeyboardInterrupt) as error:        # all else is a bug
+    except BrokenPipeError:
+        ignore_output()
+        code = 128 + getattr(signal, "SIGPIPE", 13)
+    except (UserError, OSError, KeyboardInterrupt) as error:
         quit_with(error)
+    except (MemoryError, RuntimeError) as error:
+        require_no_allocator(error)
     if code:
         sys.exit(code)
 
-def check(main, cfg, processes):            # what all methods ask of a configuration, then what this one asks
-    have, asked = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", cfg.gpus))
-    for name in ("steps", "batch", "gpus", "log", "save"):
-        need(getattr(cfg, name) >= 1, f"--{name} {getattr(cfg, name)}: must be at least 1")
-    need(0 < cfg.lr < math.inf, f"--lr {cfg.lr}: must be above 0")
-    need(cfg.batch % processes == 0, f"--batch {cfg.batch}: must be a multiple of the {processes} processes")
-    words = ("auto", "cpu", "cuda")[:3 if have else 2]
-    need(cfg.device in words, f"--device {cfg.device}: this machine has {', '.join(words)}")
-    need(cfg.device == "cpu" or not have or asked <= have,
-         f"--gpus {asked}: this machine has {have}; ask for fewer, or add --device cpu")
-    main.__globals__["check"](cfg)
 
-def spawn(main, cfg, processes):            # by torch's elastic launcher; returns the exit code of who failed
+def require_no_allocator(error):
+    """Leave with the allocator's word in one line where memory was refused; raise anything else again."""
+    words = ("allocate memory", "out of memory", "Storage size calculation overflowed", "unable to mmap")
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or any(word in text for word in words):
+        quit_with(UserError(f"not enough memory: {text[:200]}"))
+    raise error
+
+
+def ignore_output():
+    """Send what is still printed nowhere: who read it has gone (a closed pipe, a terminal that hung up)."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = open(os.devnull, "w")
+
+
+def check_machine(cfg, processes):
+    """UserError where this machine cannot do what all methods may ask of it."""
+    have = torch.cuda.device_count()
+    asked = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.gpus))
+    for name in ("steps", "batch", "gpus", "log", "save"):
+        value = getattr(cfg, name)
+        require(value >= 1, f"--{name} {value}: must be >= 1")
+    require(cfg.lr > 0, f"--lr {cfg.lr}: must be > 0")
+    whole = cfg.batch % processes == 0
+    require(whole, f"--batch {cfg.batch}: must be a multiple of the {processes} processes")
+    words = ("auto", "cpu", "cuda") if have else ("auto", "cpu")
+    require(cfg.device in words, f"--device {cfg.device}: this machine has {', '.join(words)}")
+    fits = cfg.device == "cpu" or not have or asked <= have
+    require(fits, f"--gpus {asked}: this machine has {have}; ask for fewer, or add --device cpu")
+
+
+def processors():
+    """How many processors this process may use: its affinity, or less by a container's quota (cgroup)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for quota, period in (("cpu.max", None), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        path = Path("/sys/fs/cgroup", quota)
+        if path.exists():
+            words = path.read_text().split()
+            if period:
+                words += Path("/sys/fs/cgroup", period).read_text().split()
+            if words[0].isdecimal():                            # "max" or -1: no quota
+                count = min(count, int(words[0]) // int(words[1]))
+    return max(1, count)
+
+
+def require_memory(cfg, build, copies=5):
+    """UserError where the model that build() makes cannot fit: `copies` of its parameters, as bytes.
+
+    Five are its weights, gradients, AdamW's two averages and the averaged weights. Nothing is allocated.
+    """
+    with torch.device("meta"):
+        model = build()
+    asked = copies * sum(p.numel() * p.element_size() for p in model.parameters())
+    if device_of(cfg).type == "cuda":
+        have = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        have = math.inf
+    require(asked <= have, f"this model needs {asked:,} bytes to train; {device_of(cfg)} has {have:,}")
+
+
+def join_group(cfg, local):
+    """Join the process group that spawn or torchrun has started; CPU threads are shared out."""
+    if device_of(cfg).type == "cuda":
+        torch.cuda.set_device(local)
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl")
+
+
+def spawn(main, cfg, check, prepare, processes):
+    """Run in several processes by torch's elastic launcher; returns the exit code of the one that failed."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -137,53 +352,127 @@ def spawn(main, cfg, processes):            # by torch's elastic launcher; retur
     config = LaunchConfig(1, 1, processes, run_id="prepared", rdzv_backend="c10d", max_restarts=0,
                           rdzv_endpoint="localhost:0", local_addr="localhost", **patience)
     try:
-        elastic_launch(config, launch)(main, cfg)
+        elastic_launch(config, launch)(main, cfg, check, prepare)
     except SignalException as stop:
         return 128 + stop.sigval.value
     except ChildFailedError as failed:
         code = max(failure.exitcode for failure in failed.failures.values())
         return code if code > 0 else 128 - code                 # below 0: ended by that signal
 
-def rank():                                 # this process's number; 0 when it is alone
+
+def rank():
+    """This process's number among all; 0 when it is alone."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-def world():                                # the number of processes; 1 when it is alone
+
+
+def world():
+    """The number of processes; 1 when it is alone."""
     return dist.get_world_size() if dist.is_initialized() else 1
-def barrier():                              # wait until all processes are here
+
+
+def barrier():
+    """Wait until all processes are here."""
     if world() > 1:
         dist.barrier()
-def device_of(cfg):                         # the torch.device that this process computes on
-    return torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
-def autocast(cfg):                          # bf16 on CUDA with --bf16; otherwise nothing
+
+
+def device_of(cfg):
+    """The torch.device that this process computes on."""
+    use = torch.cuda.is_available() and cfg.device != "cpu"
+    return torch.device("cuda" if use else "cpu")
+
+
+def autocast(cfg):
+    """bf16 on CUDA with --bf16; otherwise nothing."""
     return torch.autocast("cuda", torch.bfloat16, enabled=cfg.bf16 and device_of(cfg).type == "cuda")
 
+
+def compile_blocks(cfg, blocks):
+    """With --compile, torch.compile for each block, in place: copies made before stay eager."""
+    if cfg.compile:
+        for block in blocks:
+            block.compile()
+
+
 # --- Randomness and averages ---------------------------------------------------
-def draws(seed, step, stream, device="cpu"):
-    """A generator that depends on (seed, step, stream) alone. Draw for the GLOBAL batch, then take `mine`."""
+
+
+def make_generator(seed, step, stream, device="cpu"):
+    """A generator that depends on (seed, step, stream) alone. Draw for the GLOBAL batch, then take shard."""
     digest = hashlib.sha256(f"{seed}/{step}/{stream}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)         # 63 bits
 
-def mine(x):                                # this rank's equal slice, along axis 0, of what was drawn for all
+
+def shard(x):
+    """This rank's equal slice, along axis 0, of what was drawn for all."""
     part = len(x) // world()
     return x[rank() * part:(rank() + 1) * part]
-def seed_dropout(seed, step):               # reseed what dropout inside modules draws from; differs by rank
-    torch.manual_seed(draws(seed, step, f"dropout {rank()}").initial_seed())
-def average(x):                             # the tensor x, averaged over the processes in place
+
+
+def seed_dropout(seed, step):
+    """Reseed what dropout inside modules draws from; differs by rank."""
+    torch.manual_seed(make_generator(seed, step, f"dropout {rank()}").initial_seed())
+
+
+def average(x):
+    """The tensor x, averaged over the processes in place."""
     if world() > 1:
         dist.all_reduce(x.div_(world()))
     return x
-def average_gradients(params):              # gradients become means over the processes, in one all_reduce
-    grads = [p.grad for p in params if p.grad is not None and world() > 1]
+
+
+def average_gradients(params):
+    """Gradients become means over the processes, in one all_reduce; those that are None stay None."""
+    if world() == 1:
+        return
+    grads = [p.grad for p in params if p.grad is not None]
     if grads:
         parts = average(torch.cat([g.reshape(-1) for g in grads])).split([g.numel() for g in grads])
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
 
+
 @torch.no_grad()
-def ema_update(ema, model, decay):          # ema <- decay ema + (1 - decay) model, all parameters at once
+def ema_update(ema, model, decay):
+    """ema <- decay ema + (1 - decay) model, all parameters at once."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
+
+def set_learning_rate(opt, lr):
+    """The learning rate of all groups of an optimizer."""
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
 # --- Runs ----------------------------------------------------------------------
-def folder(cfg):                            # runs/<method>/<name>; the method is the file that defines Config
+
+
+def folder(cfg):
+    """runs/<method>/<name>; the method is the file that defines Config."""
     return Path("runs", Path(inspect.getfile(type(cfg))).stem, cfg.name)
+
+
+def sample_folder(cfg):
+    """Where --sample writes: --out, or samples/ beside the checkpoint."""
+    return Path(cfg.out or Path(cfg.sample).parent / "samples")
+
+
+def require_stage(cfg, stage):
+    """The checkpoint that an earlier stage of this run has left; UserError with what makes it."""
+    path = folder(cfg) / f"{stage}.pt"
+    method = folder(cfg).parent.name
+    require(path.exists(), f"{path} is missing; `python {method}.py --preset {cfg.preset} --name {cfg.name} "
+                           f"--stage {stage}` makes it")
+    return path
+
+
+def run_stages(cfg, stages):
+    """Train cfg.stage of {name: train(cfg)}, or all in order; returns the last one's checkpoint."""
+    names = list(stages) if cfg.stage == "all" else [cfg.stage]
+    for name in names:
+        stages[name](cfg)
+        barrier()                                               # the next stage reads what rank 0 writes
+    return folder(cfg) / f"{names[-1]}.pt"
+
 
 def write_atomic(path, write):
     """write(file) into a temporary file, fsync, rename: readers see the old file or the new, never half."""
@@ -200,96 +489,246 @@ def write_atomic(path, write):
     finally:
         temporary.unlink(missing_ok=True)
 
-def read_checkpoint(path, method, device="cpu"):    # what Run.save wrote; UserError: broken, another method's
+
+def write_json(path, thing):
+    """A container of plain values as a JSON file, atomically."""
+    write_atomic(path, lambda file: file.write(json.dumps(thing, indent=1).encode()))
+
+
+def read_checkpoint(path, method, device="cpu"):
+    """What Run.save wrote: a dict of method, config, step, sums, state, classes.
+
+    UserError where the file is broken, of another method, or its fields are of other types.
+    """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        found, _ = saved["method"], saved["config"]
+        found = saved["method"]
     except Exception as error:                                  # whatever the bytes provoke
         raise UserError(f"{path}: not a checkpoint of this project ({str(error)[:80]})") from None
-    need(found == method, f"{path}: a checkpoint of {found}.py, not of {method}.py")
+    require(found == method, f"{path}: a checkpoint of {found}.py, not of {method}.py")
+    saved.setdefault("classes", [])
+    for name, kind in dict(config=dict, step=int, sums=dict, state=dict, classes=list).items():
+        fits = type(saved.get(name)) is kind
+        require(fits, f"{path}: field {name} is no {kind.__name__}; the file is damaged")
+    pairs = all(torch.is_tensor(pair) and pair.numel() == 2 for pair in saved["sums"].values())
+    require(pairs and saved["step"] >= 0, f"{path}: fields sums or step are damaged")
     return saved
 
-def load_into(objects, saved, path):        # a checkpoint's state into {name: module or optimizer}
+
+def load_into(objects, saved, path):
+    """A checkpoint's state into {name: module or optimizer}; UserError where it does not fit, or is NaN."""
     for name, thing in objects.items():
         try:
             thing.load_state_dict(saved["state"][name])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: does not fit ({name}: {str(error).splitlines()[-1]})") from None
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+            raise UserError(f"{path}: does not fit ({name}: {reason})") from None
+        if isinstance(thing, nn.Module):
+            finite = all(p.isfinite().all() for p in thing.parameters())
+            require(finite, f"{path}: {name} holds weights that are not finite")
+
+
+def lock_folder(path):
+    """An open file that this process alone holds while it lives, or None where another process holds it.
+
+    Where the system knows no locks (Windows, some network disks), two runs at once are not noticed.
+    """
+    file = open(path / ".lock", "a+")
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except (ImportError, OSError):
+        return file
+    return file
+
+
+LOCKS = {}                                                      # folder: the file that holds it
+
+
+def take_folder(path, checkpoint, resume):
+    """Whether this process now holds a run's folder: no other writer, nothing there to write over."""
+    path.mkdir(parents=True, exist_ok=True)
+    key = path.resolve()
+    held = LOCKS.get(key) or lock_folder(path)
+    if held is None:
+        return False
+    if (path / checkpoint).exists() and not resume:
+        if key not in LOCKS:
+            held.close()
+        return False
+    LOCKS[key] = held
+    for left_over in path.glob("*.tmp"):                        # of a writer that was killed
+        left_over.unlink()
+    return True
+
 
 class Run:
     """One run's folder, log, checkpoints and signals. All ranks decide alike; rank 0 alone writes.
-    run = Run(cfg)                                  a file with stages: Run(cfg, "ae", cfg.steps_ae) for each
+
+    run = Run(cfg)                                  a file with stages: Run(cfg, "ae") for each of them
+    run.seed_weights()
     start = run.restore(model=model, ema=ema, opt=opt)
     for step in run.steps(start): ...; run.log(step, loss=value); run.save(step)
+
+    Beside the methods: device; total, the number of steps; folder; checkpoint, the path of the newest.
     """
-    def __init__(self, cfg, stage="last", steps=None):
-        self.cfg, self.stage, self.total, self.device = cfg, stage, steps or cfg.steps, device_of(cfg)
-        self.sums, self.lines, self.signal, self.since = {}, [], 0, 0.0
-        base, number = folder(cfg), 2
-        while not cfg.resume and (folder(cfg) / f"{stage}.pt").exists():        # a run is never written over
-            cfg.name, number = f"{base.name}-{number}", number + 1
+
+    def __init__(self, cfg, stage="last", steps=None, classes=()):
+        self.cfg = cfg
+        self.stage = stage
+        self.classes = [str(name) for name in classes]
+        self.total = steps or getattr(cfg, f"steps_{stage}", 0) or cfg.steps
+        self.device = device_of(cfg)
+        self.sums = {}
+        self.lines = []
+        self.signal = 0
+        self.since = 0.0
+        base = folder(cfg)
+        self.claim()
         self.config = asdict(cfg) | {"resume": False}
-        self.folder, suffix = folder(cfg), "" if stage == "last" else f"-{stage}"
-        self.checkpoint, self.log_path = self.folder / f"{stage}.pt", self.folder / f"log{suffix}.jsonl"
+        self.folder = folder(cfg)
+        suffix = "" if stage == "last" else f"-{stage}"
+        self.checkpoint = self.folder / f"{stage}.pt"
+        self.log_path = self.folder / f"log{suffix}.jsonl"
         self.chart = self.folder / f"loss{suffix}.svg"
         if self.folder != base:
-            self.say(f"{base} holds a run; this one goes to {self.folder}")
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True     # as the papers
+            self.say(f"{base} is another run's; this one goes to {self.folder}")
+        torch.backends.cuda.matmul.allow_tf32 = True            # as the papers
+        torch.backends.cudnn.allow_tf32 = True
 
-    def say(self, text):                    # print on rank 0, above the progress bar
+    def claim(self):
+        """Give cfg a name whose folder this run alone writes: name, name-2 ... Rank 0 finds it for all."""
+        cfg = self.cfg
+        base = cfg.name
+        number = 2
         if rank() == 0:
-            tqdm.write(text)
-            sys.stdout.flush()
+            while not take_folder(folder(cfg), f"{self.stage}.pt", cfg.resume):
+                require(not cfg.resume, f"{folder(cfg)}: another process is training there")
+                cfg.name = f"{base}-{number}"
+                number += 1
+        found = [cfg.name, time.time_ns()]
+        if world() > 1:
+            dist.broadcast_object_list(found)
+            cfg.name = found[0]
+            token = folder(cfg) / ".lock"
+            if rank() == 0:
+                token.write_text(str(found[1]))
+            barrier()
+            seen = token.exists() and token.read_text() == str(found[1])
+            require(seen, f"{folder(cfg)}: this node does not see what rank 0 writes there; several nodes "
+                          "must start in one shared folder")
 
-    def restore(self, **objects):
-        """Name all that a checkpoint must hold; with --resume, load it. Returns the finished steps."""
-        self.objects, step, cfg, source = objects, 0, self.cfg, Path(inspect.getfile(type(self.cfg)))
-        if cfg.resume and self.checkpoint.exists():
-            saved = read_checkpoint(self.checkpoint, source.stem, self.device)
-            load_into(objects, saved, self.checkpoint)
-            step, self.sums = saved["step"], saved["sums"]
-        elif cfg.resume:
+    def seed_weights(self):
+        """Seed what initial weights are drawn from: they depend on --seed alone, not on the processes."""
+        stream = "weights" if self.stage == "last" else f"{self.stage} weights"
+        torch.manual_seed(make_generator(self.cfg.seed, 0, stream).initial_seed())
+
+    def say(self, text):
+        """Print on rank 0, above the progress bar. A reader who has gone is a signal to save and leave."""
+        if rank() == 0:
+            try:
+                tqdm.write(text)
+                sys.stdout.flush()
+            except OSError:
+                ignore_output()
+                self.signal = self.signal or getattr(signal, "SIGPIPE", 13)
+
+    def restore(self, frozen=None, **objects):
+        """Name all that a checkpoint must hold; with --resume, load it. Returns the finished steps.
+
+        frozen: {name: module} of an earlier stage. A checkpoint that was trained on others starts anew.
+        """
+        frozen = frozen or {}
+        self.objects = {**objects, **frozen}
+        step = 0
+        if self.cfg.resume and self.checkpoint.exists():
+            saved = read_checkpoint(self.checkpoint, self.folder.parent.name, self.device)
+            if any(differs(module, saved["state"].get(name)) for name, module in frozen.items()):
+                self.put_aside()
+            else:
+                load_into(objects, saved, self.checkpoint)
+                step = saved["step"]
+                self.sums = saved["sums"]
+                self.lines = read_log(self.log_path, step)
+        elif self.cfg.resume:
             self.say(f"{self.checkpoint}: no checkpoint yet, starting at step 0")
-        if step and self.log_path.exists():                     # a crash may have cut its last line short
-            whole = [line for line in self.log_path.read_text().splitlines() if line.endswith("}")]
-            self.lines = [line for line in map(json.loads, whole) if line["step"] <= step]
-        alike = torch.allclose(average(self.weight_sums()), self.weight_sums(), rtol=1e-12, atol=0)
-        need(alike, "the processes start with different weights")
+        sums = self.weight_sums()
+        require(sums.isfinite().all(), "the weights to start from are not finite")
+        alike = torch.allclose(average(sums.clone()), sums, rtol=1e-12, atol=0)
+        require(alike, "the processes start with different weights")
         if rank() == 0:
-            log = "".join(json.dumps(line) + "\n" for line in self.lines)
-            texts = json.dumps(self.config, indent=1), source.read_text(), log
-            for name, text in zip(("config.json", source.name, self.log_path.name), texts):
-                write_atomic(self.folder / name, lambda file: file.write(text.encode()))
-        chip, precision = f"cpu ({torch.get_num_threads()} threads)", "fp32"
-        if self.device.type == "cuda":
-            chip, precision = torch.cuda.get_device_name(), "bf16" if cfg.bf16 else "tf32"
-        params = sum(p.numel() for p in next(iter(objects.values())).parameters() if p.requires_grad)
-        backend = f"es over {dist.get_backend()}" if world() > 1 else ""
-        self.say(f"{self.folder}: {chip}, {world()} process{backend}, {precision}, batch {cfg.batch}, "
-                 f"{params:,} parameters, steps {step} to {self.total}")
+            self.write_folder()
+        self.introduce(step)
         return step
-    def weight_sums(self):                  # one a parameter: equal on all ranks at first, finite when saved
+
+    def put_aside(self):
+        """Keep under another name a checkpoint that no longer fits the earlier stage, which starts anew."""
+        kept = self.checkpoint.with_name(f"{self.stage}-of-another-{self.cfg.name}.pt")
+        self.say(f"{self.checkpoint} was trained on another earlier stage: starting anew; it is now {kept}")
+        barrier()                                               # all have read it
+        if rank() == 0:
+            os.replace(self.checkpoint, kept)
+
+    def write_folder(self):
+        """config.json, the method's source and the log so far: what a later step must not be in it."""
+        source = Path(inspect.getfile(type(self.cfg)))
+        log = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_json(self.folder / "config.json", self.config)
+        write_atomic(self.folder / source.name, lambda file: file.write(source.read_bytes()))
+        write_atomic(self.log_path, lambda file: file.write(log.encode()))
+
+    def introduce(self, step):
+        """One line: where, on what, how much, from which step to which."""
+        chip = f"cpu ({torch.get_num_threads()} threads)"
+        precision = "fp32"
+        if self.device.type == "cuda":
+            chip = torch.cuda.get_device_name()
+            precision = "bf16" if self.cfg.bf16 else "tf32"
+        model = next(iter(self.objects.values()))
+        params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        processes = f"{world()} processes over {dist.get_backend()}" if world() > 1 else "1 process"
+        self.say(f"{self.folder}: {chip}, {processes}, {precision}, batch {self.cfg.batch}, "
+                 f"{params:,} parameters, steps {step} to {self.total}")
+
+    def weight_sums(self):
+        """One number a parameter, float64: equal on all ranks at first, finite when saved."""
         modules = [thing for thing in self.objects.values() if isinstance(thing, nn.Module)]
         return torch.stack([p.detach().double().sum().cpu() for m in modules for p in m.parameters()])
 
-    def steps(self, start):                 # the step numbers, with a progress bar; signals wait for save
-        handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        todo, self.clock = range(start, self.total), time.perf_counter()
-        self.bar = tqdm(todo, self.stage, self.total, initial=start, disable=rank() > 0 or None)
+    def steps(self, start):
+        """The step numbers, with a progress bar. Signals are noted and wait for save."""
+        names = ("SIGINT", "SIGTERM", "SIGHUP")                 # Windows has no SIGHUP
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]      # nohup
+        handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
+        self.clock = time.perf_counter()
+        self.bar = tqdm(range(start, self.total), self.stage, self.total, initial=start,
+                        disable=rank() > 0 or None)
         try:
             yield from self.bar
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    def on_signal(self, number, frame):     # a second counts after 5 s: a terminal delivers Ctrl-C twice
+
+    def on_signal(self, number, frame):
+        """Note a signal. A second one counts after 5 s, at once: a terminal delivers Ctrl-C twice."""
+        if number == getattr(signal, "SIGHUP", None):
+            self.bar.disable = True                             # nobody is left to see it
         if not self.signal:
-            self.signal, self.since = number, time.monotonic()
+            self.signal = number
+            self.since = time.monotonic()
         if time.monotonic() - self.since > 5:
             os._exit(128 + number)
-    def due(self, step, every):             # true at every `every`-th finished step and at the last one
+
+    def due(self, step, every):
+        """True at every `every`-th finished step and at the last one."""
         return (step + 1) % every == 0 or step + 1 == self.total
 
-    def log(self, step, **values):          # sum up 0-d tensors or numbers; at log steps check, write, show
+    def log(self, step, **values):
+        """Sum up 0-d tensors or numbers; at log steps check, write and show their means over all ranks."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach().reshape(1)
             self.sums[name] = self.sums.get(name, 0) + F.pad(value, (0, 1), value=1.0)          # sum, count
@@ -298,7 +737,10 @@ class Run:
         sums = {name: average(pair.cpu()) for name, pair in self.sums.items()}
         record = {name: (total / count).item() for name, (total, count) in sums.items()}
         self.guard(step + 1, record)
-        seconds, self.clock, self.sums = time.perf_counter() - self.clock, time.perf_counter(), {}
+        now = time.perf_counter()
+        seconds = now - self.clock
+        self.clock = now
+        self.sums = {}
         self.lines.append({"step": step + 1, **record, "seconds": seconds, "memory": memory(self.device)})
         text = "  ".join(f"{name} {value:.4f}" for name, value in record.items())
         self.bar.set_postfix_str(text)
@@ -307,12 +749,15 @@ class Run:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         if self.bar.disable:
             self.say(f"step {step + 1}/{self.total}  {text}  {seconds:.1f} s")
-    def guard(self, step, values):          # stop at a number that is not finite; say where to go on from
+
+    def guard(self, step, values):
+        """Stop at a number that is not finite; say where to go on from."""
         bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         last = f"last good checkpoint: {self.checkpoint}" if self.checkpoint.exists() else "no checkpoint yet"
-        need(not bad, f"step {step}: {bad} is not finite; {last}; try a smaller --lr", code=1)
+        require(not bad, f"step {step}: {bad} is not finite; {last}; try a smaller --lr", code=1)
 
-    def save(self, step):                   # when due, or when a signal has come to any: then all leave
+    def save(self, step):
+        """Write a checkpoint when it is due, or when a signal has come to any rank: then all leave."""
         number = torch.tensor(self.signal)
         if world() > 1:
             dist.all_reduce(number, op=dist.ReduceOp.MAX)
@@ -322,88 +767,438 @@ class Run:
             if rank() == 0:
                 self.write(step + 1)
         if number:
-            self.say(f"signal {int(number)}: {self.checkpoint} holds step {step + 1}; go on with --resume")
+            method = self.folder.parent.name
+            self.say(f"signal {int(number)}: {self.checkpoint} holds step {step + 1}; "
+                     f"go on with --resume: python {method}.py --resume --name {self.cfg.name}")
             barrier()                                           # an early exit would end the one that writes
             sys.exit(128 + int(number))
 
-    def write(self, step):                  # the checkpoint (every tenth is kept) and the chart of the losses
-        saved = {"method": self.folder.parent.name, "config": self.config, "step": step, "sums": self.sums,
-                 "state": {name: thing.state_dict() for name, thing in self.objects.items()}}
-        kept = [self.folder / f"{self.stage}-{step}.pt"] if step % (10 * self.cfg.save) == 0 else []
-        for path in [*kept, self.checkpoint]:
+    def write(self, step):
+        """The checkpoint (every tenth is kept) and the chart of the losses."""
+        state = {name: thing.state_dict() for name, thing in self.objects.items()}
+        saved = {"method": self.folder.parent.name, "config": self.config, "classes": self.classes,
+                 "step": step, "sums": self.sums, "state": state}
+        paths = [self.checkpoint]
+        if step % (10 * self.cfg.save) == 0:
+            paths.append(self.folder / f"{self.stage}-{step}.pt")
+        for path in paths:
             write_atomic(path, lambda file: torch.save(saved, file))
         lines = self.lines[::1 + len(self.lines) // 1000]
-        names = dict.fromkeys(k for line in lines for k in line if k not in ("step", "seconds", "memory"))
-        curves = {k: zip(*[(line["step"], line[k]) for line in lines if k in line]) for k in names}
+        names = dict.fromkeys(key for line in lines for key in line)
+        curves = {}
+        for name in names:
+            if name not in ("step", "seconds", "memory"):
+                points = [(line["step"], line[name]) for line in lines if name in line]
+                curves[name] = zip(*points)
         line_chart(self.chart, curves, self.cfg.name, "step", logy=True)
 
+
+def differs(module, state):
+    """Whether a module's state is another than the one stored."""
+    own = module.state_dict()
+    if not isinstance(state, dict) or state.keys() != own.keys():
+        return True
+    return any(not torch.equal(value, state[name].to(value)) for name, value in own.items())
+
+
+def read_log(path, step):
+    """The lines of a log up to a step, as dicts. A crash may have cut the last one; all else must parse."""
+    if not path.exists():
+        return []
+    lines = path.read_text(errors="replace").splitlines()
+    found = []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        whole = isinstance(line, dict) and all(type(value) in (int, float) for value in line.values())
+        if whole and type(line.get("step")) is int:
+            found.append(line)
+        else:
+            last = number == len(lines)
+            require(last, f"{path}: line {number} is no line of a log; mend or delete the file")
+    return [line for line in found if line["step"] <= step]
+
+
+# --- Weights from files --------------------------------------------------------
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: the header's length (8 bytes), the header (JSON), raw values."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        body = bytearray(file.read())
+    found = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            kind = kinds[entry["dtype"]]
+            found[name] = torch.empty(entry["shape"], dtype=kind)
+            if end > start:
+                found[name] = torch.frombuffer(body[start:end], dtype=kind).view(entry["shape"])
+    return found
+
+
+def read_pickle(path):
+    """{name: tensor} of a .pt, .pth or .bin file; no code runs; a dict under one of the usual keys counts."""
+    found = torch.load(path, "cpu", weights_only=True)
+    for key in ("state_dict", "model", "module"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    return found
+
+
+def read_npz(path):
+    """{name: tensor} of an .npz file."""
+    with np.load(path) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+READERS = {".safetensors": read_safetensors, ".bin": read_pickle, ".pt": read_pickle, ".pth": read_pickle,
+           ".npz": read_npz}
+
+
+def read_weights(path):
+    """{name: tensor} of a file, of an index of shards (*.index.json), or of the first of these in a folder.
+
+    Local files alone; no code of theirs runs. UserError with the file and the reason.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(file for file in path.iterdir() if file.name.endswith((*READERS, ".index.json")))
+        order = [".index.json", *READERS]
+        found = [file for ending in order for file in names if file.name.endswith(ending)]
+        require(found, f"{path}: holds no weights ({', '.join(READERS)})")
+        path = found[0]
+    require(path.exists(), f"{path}: no such file")
+    try:
+        if path.name.endswith(".index.json"):
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            found = {}
+            for shard_name in shards:
+                found |= READERS[Path(shard_name).suffix](path.with_name(shard_name))
+        else:
+            found = READERS[path.suffix](path)
+    except Exception as error:                                  # whatever foreign bytes provoke
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise UserError(f"{path}: cannot be read as weights ({reason})") from None
+    tensors = isinstance(found, dict) and all(map(torch.is_tensor, found.values()))
+    require(tensors and found, f"{path}: holds no tensors by name")
+    return found
+
+
+def load_teacher(path, channels, size):
+    """A frozen network from a file as a function: images (B, channels, size, size) -> maps (B, S, h, w).
+
+    TorchScript .pt or torch.export .pt2; it may also give tokens (B, h*w, S). UserError where it does not
+    take one picture and two, or gives something else.
+    """
+    try:
+        network = torch.jit.load(path, "cpu") if path.endswith(".pt") else torch.export.load(path).module()
+    except Exception as error:                                  # whatever foreign bytes provoke
+        raise UserError(f"--teacher {path}: cannot be read ({type(error).__name__})") from None
+    if path.endswith(".pt"):
+        network.eval()                                          # it may have been saved in training mode
+    for p in network.parameters():
+        p.requires_grad_(False)
+
+    def features(x):
+        maps = network.to(x.device)(x)
+        if maps.ndim == 3:
+            side = math.isqrt(maps.shape[1])
+            maps = maps.transpose(1, 2).unflatten(2, (side, -1))
+        return maps                                                                             # (B, S, h, w)
+
+    try:
+        with torch.no_grad():
+            shapes = [features(torch.zeros(B, channels, size, size)).shape for B in (1, 2)]
+    except Exception as error:                                  # whatever a foreign network does
+        reason = " ".join(str(error).split())[:120]
+        shape = (channels, size, size)
+        raise UserError(f"--teacher {path}: does not take one or two pictures {shape}: {reason}") from None
+    good = [len(shape) == 4 and shape[0] == B and shape[2] == shape[3] for B, shape in zip((1, 2), shapes)]
+    require(all(good), f"--teacher {path}: gives {tuple(shapes[-1])} where maps (B, S, h, h) are wanted")
+    return features
+
+
+# --- Sampling of tokens --------------------------------------------------------
+
+
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Logits (rows, V) under temperature, top-k (0: all) and top-p (1: all), float64; what is cut is -inf."""
+    logits = logits.double() / temperature                                                      # (rows, V)
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]                         # (rows, 1)
+        logits = logits.masked_fill(logits < least, -math.inf)                                  # (rows, V)
+    if top_p < 1:
+        order = logits.argsort(1)                               # the least likely first        # (rows, V)
+        mass = logits.softmax(1).gather(1, order).cumsum(1)                                     # (rows, V)
+        cut = mass <= 1 - top_p                                                                 # (rows, V)
+        cut[:, -1] = False                                      # the likeliest always stays
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -math.inf)    # (rows, V)
+    return logits
+
+
+def invert_distribution(logits, u):
+    """Ids (rows,) from logits (rows, V): their distribution function, inverted at uniform u (rows,).
+
+    So the same draws give the same ids, with a cache and without, whatever else is in the batch.
+    """
+    mass = logits.softmax(1).cumsum(1)                                                          # (rows, V)
+    height = u[:, None].double() * mass[:, -1:]                                                 # (rows, 1)
+    return torch.searchsorted(mass, height, right=True)[:, 0]                                   # (rows)
+
+
+def in_blocks(function, device, *tensors, size=100):
+    """function(*tensors) on blocks of `size` rows, computed on the device, joined on the CPU."""
+    blocks = zip(*(tensor.split(size) for tensor in tensors))
+    return torch.cat([function(*(part.to(device) for part in block)).cpu() for block in blocks])
+
+
+def parse_classes(text, K):
+    """Labels of "all" or "3,5" as a list; UserError where one is not below K."""
+    if text == "all":
+        return list(range(K))
+    require(re.fullmatch(r"\d+(,\d+)*", text), f"--classes {text}: write all, or labels as 3,5")
+    labels = [int(word) for word in text.split(",")]
+    require(max(labels) < K, f"--classes {text}: labels are 0 to {K - 1}")
+    return labels
+
+
+def class_names(saved, K):
+    """K names of a checkpoint's classes, as its data set had them."""
+    return saved["classes"] or [f"class {k}" for k in range(K)]
+
+
 # --- Pictures ------------------------------------------------------------------
-FONT = dict(zip("0123456789abcdefghijklmnopqrstuvwxyz.,-+=%:/", (             # 5 rows of 3 bits: octal digits
-    "75557 26227 71747 71717 55711 74717 74757 71111 75757 75717 25755 65656 34443 65556 74647 74644 34553 "
-    "55755 72227 11152 55655 44447 57755 65555 25552 65644 25531 65655 34216 72222 55557 55552 55775 55255 "
-    "55222 71247 00002 00024 00700 02720 07070 51245 02020 11244").split()))
+
 COLORS = ("#2864b4", "#dc6e1e", "#3c963c", "#b43232", "#825aaa", "#787878", "#1e9696", "#c8a000") * 9
 
-def to_uint8(x):                            # [-1, 1] to bytes: the inverse of v / 127.5 - 1, clipped
+
+# An entry is a character and its polylines, separated by commas. A point is two digits, x then y; a point
+# given twice is a dot. Rows: 0 descender, 2 baseline, 7 top of small letters, 9 top of capitals and digits.
+STROKES = r"""
+!0904,0202 "0907,2927 #1219,4249,0454,0757 $47381807163544331304,2922 %0269,0929270709,4464624244
+&621718293948470403123255 '0907 (29070321 )09272301 *2925,0846,0648 +2723,0545 ,222110 -0535 .1212 /0149
+0120407193947443212 1072922,0242 208193948460242 308193948473616,364543321203 432390444 5490906364543321203
+63929070312324345361605 7094912 816070819394847361605031232434536 91222444839190806153546 :1616,1212
+;2626,222110 <380532 =0444,0646 >083502 ?08193948472524,2222 @5121030729597774635457,5647372624334354
+A023962,1454 B02094958574606,4655534202 C5849290704224253 D02093957543202 E49090242,0636 F490902,0636
+G58492907042242535535 H0209,5259,0656 I0222,1219,0929 J4943321203 K0209,4905,1652 L090242 M0209356962
+N02095259 O220407294967644222 P02094958564505 Q220407294967644222,4461 R02094958564505,2552
+S584919080716465553421203 T0969,3932 U090312425359 V093269 W0922476289 X0259,0952 Y093669,3632 Z09590252
+[29090121 \0941 ]09292101 ^072947 _0151 `0917 a0617374642,45150403123243 b0902,0312324346371706
+c4637170603123243 d4942,4332120306173746 e044446371706031242 f39291812,0737 g47413010,4637170603123243
+h0902,0617374642 i0702,0909 j27211000,2929 k0902,3704,1542 l090312 m0207,0617273632,3647576662
+n0207,0617374642 o120306173746433212 p0700,0312324346371706 q4740,4332120306173746 r0207,052737
+s471706153544433202 t19132232,0737 u0703123243,4742 v072247 w0722364267 x0742,0247 y0722,47221000 z07470242
+{392918160514122131 |0900 }091928263524221101 ~051626354556 ±2824,0646,0242 ×0347,0743 ·0505 °1708192817
+"""
+GLYPHS = {entry[0]: entry[1:].split(",") for entry in STROKES.split()}
+BOX = ["0242490902"]
+
+
+def strokes(char, unit):
+    """Starts and ends of a character's segments, snapped to pixels: x + 1j * y, complex (2, S)."""
+    quads = []
+    for line in GLYPHS.get(char, BOX):
+        quads += [list(line[i:i + 4]) for i in range(0, len(line) - 2, 2)]
+    x, y = np.array(quads, float).T.reshape(2, 2, -1).swapaxes(0, 1)
+    right = x.max()
+    stretch = round(right * unit) / max(right, 1)
+    return np.round(x * stretch) + 1j * np.floor((y + 0.5) * unit)
+
+
+@functools.lru_cache(maxsize=4096)
+def glyph_bitmap(char, height):
+    """Coverage of one character with its side bearings: float (height, width) in 0..1."""
+    gap = max(2, round(height / 5))
+    if char == " ":
+        return np.zeros((height, 2 * gap))
+    start, end = strokes(char, height / 11)
+    width = int(max(start.real.max(), end.real.max())) + gap
+    columns = np.arange(width) - (gap - 1) // 2
+    rows = np.arange(height)[::-1, None]
+    offset = (columns + 1j * rows)[..., None] - start
+    step = end - start
+    along = (offset * step.conj()).real / np.maximum(abs(step) ** 2, 1)
+    distance = abs(offset - np.clip(along, 0, 1) * step).min(axis=-1)
+    half_width = 0.25 + 0.025 * height
+    return np.clip(0.5 + half_width - distance, 0, 1)
+
+
+def text_bitmap(text, height=13):
+    """Draw one line of text: float32 (height, width) in 0..1, where 1 is full ink."""
+    bitmaps = [np.zeros((height, 0))]
+    bitmaps += [glyph_bitmap(char, height) for char in text]
+    return np.concatenate(bitmaps, axis=1, dtype=np.float32)
+
+
+def to_uint8(x):
+    """[-1, 1] to bytes: the inverse of v / 127.5 - 1, clipped; on the CPU."""
     return (x.detach().float().cpu() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
+
+def write_text(canvas, x, y, text, height):
+    """Write a text in dark grey into a picture uint8 (height, width, 3), its top left corner at (x, y)."""
+    ink = text_bitmap(text, height)[:, :, None]
+    place = canvas[y:y + ink.shape[0], x:x + ink.shape[1]]
+    ink = ink[:place.shape[0], :place.shape[1]]
+    place[:] = np.rint(place + ink * (40.0 - place))
+
+
 def grid(images, columns, rows=(), heads=(), scale=1):
-    """Images uint8 (M, C, H, W) as one picture uint8 (height, width, 3), `columns` to a row, on white;
-    rows and heads are texts beside each row and above each column; scale enlarges small pictures."""
-    x = torch.as_tensor(images).permute(0, 2, 3, 1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    high, wide, lines = x.shape[1] + 2, x.shape[2] + 2, -(-len(x) // columns)
-    left, top = 6 + 8 * max(map(len, rows), default=0), 16 if heads else 2
+    """Images uint8 (M, C, H, W) as one picture uint8 (height, width, 3), `columns` to a row, on white.
+
+    rows and heads are texts beside each row and above each column; scale enlarges small pictures.
+    """
+    x = torch.as_tensor(images).permute(0, 2, 3, 1)
+    x = x.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    high = x.shape[1] + 2
+    wide = x.shape[2] + 2
+    lines = -(-len(x) // columns)
+    widest = max([text_bitmap(text, 13).shape[1] for text in heads], default=0)
+    size = 13 if widest <= wide else 10                         # of the heads: they share a column's width
+    left = 2
+    if any(rows):
+        left = 10 + max(text_bitmap(text, 13).shape[1] for text in rows)
+    top = 20 if any(heads) else 2
     canvas = np.full((top + lines * high, left + columns * wide, 3), 255, np.uint8)
     for i, image in enumerate(x[..., :3].numpy()):              # one channel spreads over three
-        y, z = top + i // columns * high, left + i % columns * wide
+        row, column = divmod(i, columns)
+        y = top + row * high
+        z = left + column * wide
         canvas[y:y + high - 2, z:z + wide - 2] = image
-    texts = [(top + i * high + (high - 12) // 2, 3, text) for i, text in enumerate(rows)]
-    texts += [(3, left + i * wide + max(0, wide - 8 * len(text)) // 2, text) for i, text in enumerate(heads)]
-    for y, z, text in texts:                                    # letters are 6 pixels wide, 10 high, 8 apart
-        for i, letter in enumerate(text.lower()):
-            bits = [[int(digit) >> b & 1 for b in (2, 1, 0)] for digit in FONT.get(letter, "00000")]
-            for dy, dx in np.argwhere(bits) * 2 + (y, z + 8 * i):
-                canvas[dy:dy + 2, dx:dx + 2] = 40
+    for i, text in enumerate(rows):
+        write_text(canvas, 4, top + i * high + max(0, (high - 18) // 2), text, 13)
+    for i, text in enumerate(heads):
+        margin = max(0, wide - text_bitmap(text, size).shape[1]) // 2
+        write_text(canvas, left + i * wide + margin, 2, text, size)
     return canvas
+
 
 def png(path, picture, seconds=0.1):
     """Write uint8 (H, W, 3) as a PNG; (frames, H, W, 3) as an animated one that loops for ever."""
+
+    def chunk(kind, body=b""):
+        return pack(">I4s", len(body), kind) + body + pack(">I", zlib.crc32(kind + body))
+
     frames = np.asarray(picture).reshape(-1, *np.shape(picture)[-3:])
     count, height, width, _ = frames.shape
-    chunk = lambda kind, body=b"": pack(">I4s", len(body), kind) + body + pack(">I", zlib.crc32(kind + body))
     out = chunk(b"IHDR", pack(">2I5B", width, height, 8, 2, 0, 0, 0))
-    out += chunk(b"acTL", pack(">2I", count, 0)) if count > 1 else b""
+    if count > 1:
+        out += chunk(b"acTL", pack(">2I", count, 0))
     for i, frame in enumerate(frames):
-        timing = pack(">5I2HH", max(0, 2 * i - 1), width, height, 0, 0, round(seconds * 1000), 1000, 0)
-        body = zlib.compress(np.pad(frame.reshape(height, -1), ((0, 0), (1, 0))).tobytes())   # filter 0 a row
-        out += chunk(b"fcTL", timing) if count > 1 else b""
+        rows = np.pad(frame.reshape(height, -1), ((0, 0), (1, 0)))                  # filter 0 for each row
+        body = zlib.compress(rows.tobytes())
+        if count > 1:
+            number = max(0, 2 * i - 1)
+            out += chunk(b"fcTL", pack(">5I2HH", number, width, height, 0, 0, round(seconds * 1000), 1000, 0))
         out += chunk(b"fdAT", pack(">I", 2 * i) + body) if i else chunk(b"IDAT", body)
     write_atomic(path, lambda file: file.write(b"\x89PNG\r\n\x1a\n" + out + chunk(b"IEND")))
 
-def svg(path, width, height, parts):        # write SVG elements (strings) on a white ground
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
-    head += f' width="{width}" height="{height}" font-size="12"><path d="M0 0h9999v9999H0" fill="white"/>'
+
+def columns_png(path, columns, heads=(), rows=(), side=48):
+    """Columns of images (M, C, r, r) in [-1, 1] as a PNG, each at its own side r, centred on white.
+
+    The largest are enlarged to about `side` pixels.
+    """
+    largest = max(x.shape[-1] for x in columns)
+    padded = []
+    for x in columns:
+        before = (largest - x.shape[-1]) // 2
+        after = largest - x.shape[-1] - before
+        padded.append(F.pad(x, (before, after, before, after), value=1.0))
+    x = torch.stack(padded, 1).flatten(0, 1)
+    png(path, grid(to_uint8(x), len(columns), rows, heads, scale=max(1, side // largest)))
+
+
+def prefixes_png(path, decode, ids, counts, names, head, extra=(), side=48):
+    """A row an image, a column a number k of counts: what decode(ids[:, :k]) makes of the first k tokens.
+
+    ids (M, K); head(k, images) is a column's title; extra: (title, function of the last column) pairs.
+    """
+    columns = [decode(ids[:, :k]) for k in counts]
+    heads = [head(k, x) for k, x in zip(counts, columns)]
+    last = columns[-1]
+    for title, function in extra:
+        heads.append(title)
+        columns.append(function(last))
+    columns_png(path, columns, heads, names, side)
+
+
+def export_images(path, blocks, count):
+    """Write `count` images, blocks (m, C, H, W) in [-1, 1], C = 1 or 3, without holding more than one block.
+
+    PATH.npz: arr_0, uint8 (count, H, W, C), which the evaluation suite of guided diffusion (ADM) reads. Any
+    other path: a folder of PNGs, which pytorch-fid, clean-fid and torch-fidelity read.
+    """
+    pixels = (to_uint8(block).permute(0, 2, 3, 1).numpy() for block in blocks)
+    if Path(path).suffix == ".npz":
+        write_atomic(path, lambda file: write_npz(file, pixels, count))
+        return
+    number = 0
+    for block in pixels:
+        for picture in block:
+            png(Path(path, f"{number:06}.png"), np.broadcast_to(picture, (*picture.shape[:2], 3)))
+            number += 1
+
+
+def write_npz(file, blocks, count):
+    """An uncompressed npz of one array arr_0, uint8 (count, H, W, C), from blocks of its rows."""
+    with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        for i, block in enumerate(blocks):
+            if i == 0:
+                shape = (count, *block.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+            member.write(np.ascontiguousarray(block).tobytes())
+
+
+def svg(path, width, height, parts):
+    """Write SVG elements (strings) on a white ground."""
+    head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+            f'height="{height}" font-family="sans-serif" font-size="12">'
+            '<path d="M0 0h9999v9999H0" fill="white"/>')
     write_atomic(path, lambda file: file.write("\n".join([head, *parts, "</svg>\n"]).encode()))
+
+
 def svg_text(x, y, text, anchor="middle", extra=""):
+    """A text as an SVG element; `extra` holds more attributes."""
     text = str(text).replace("&", "&amp;").replace("<", "&lt;")
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {extra}>{text}</text>'
 
-def axis(values, log, start, length):       # place(v) in pixels, and round marks as (pixel, text)
-    low, high = min(values, default=0), max(values, default=1)
-    f = math.log10 if log and low > 0 else float
-    high += (abs(low) + 1) * (low == high)
-    place = lambda v: start + length * (f(v) - f(low)) / (f(high) - f(low))
+
+def axis(values, log, start, length):
+    """Of one axis of a chart: place(v) in pixels, and its round marks as (pixel, text)."""
+    low = min(values, default=0)
+    high = max(values, default=1)
+    scale = math.log10 if log and low > 0 else float
+    if low == high:
+        high += abs(low) + 1
+
+    def place(value):
+        return start + length * (scale(value) - scale(low)) / (scale(high) - scale(low))
+
     unit = 10.0 ** math.floor(math.log10((high - low) / 3))
     unit *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * unit) < 6)
     marks = [k * unit for k in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
-    if f is math.log10 and high > 10 * low:
+    if scale is math.log10 and high > 10 * low:
         digits = (1, 2, 5) if high < 1000 * low else (1,)
-        marks = [m * 10.0 ** k for k in range(math.floor(f(low)), math.ceil(f(high)) + 1) for m in digits]
+        powers = range(math.floor(scale(low)), math.ceil(scale(high)) + 1)
+        marks = [m * 10.0 ** k for k in powers for m in digits]
     return place, [(place(mark), f"{mark:.5g}") for mark in marks if low <= mark <= high]
+
 
 def line_chart(path, series, title="", xlabel="", ylabel="", logx=False, logy=False):
     """Write {name: (xs, ys)} or {name: (xs, ys, spreads)} as an SVG; a spread is a bar at its point."""
-    curves = [[(*p, 0)[:3] for p in zip(*curve) if all(map(math.isfinite, p))] for curve in series.values()]
+    curves = []
+    for curve in series.values():
+        points = [(*point, 0)[:3] for point in zip(*curve)]
+        curves.append([point for point in points if all(map(math.isfinite, point))])
     px, xmarks = axis([x for curve in curves for x, _, _ in curve], logx, 70, 500)
     py, ymarks = axis([v for curve in curves for _, y, e in curve for v in (y - e, y + e)], logy, 300, -250)
     parts = [svg_text(320, 28, title, extra='font-size="14" font-weight="bold"'), svg_text(320, 345, xlabel),
@@ -412,89 +1207,171 @@ def line_chart(path, series, title="", xlabel="", ylabel="", logx=False, logy=Fa
     parts += [f'<path d="M70 {y:.1f}h500" stroke="#ddd"/>' + svg_text(64, y + 4, t, "end") for y, t in ymarks]
     for i, (color, name, curve) in enumerate(zip(COLORS, series, curves)):
         line = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y, _ in curve)
-        parts += [f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>',
-                  svg_text(582, 62 + 18 * i, name, "start", f'fill="{color}" font-weight="bold"')]
-        for x, y, e in curve if len(curve) < 20 else ():
-            parts += [f'<path d="M{px(x):.1f} {py(y - e):.1f}V{py(y + e):.1f}" stroke="{color}"/>',
-                      f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{color}"/>']
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts.append(svg_text(582, 62 + 18 * i, name, "start", f'fill="{color}" font-weight="bold"'))
+        if len(curve) < 20:
+            for x, y, e in curve:
+                parts.append(f'<path d="M{px(x):.1f} {py(y - e):.1f}V{py(y + e):.1f}" stroke="{color}"/>')
+                parts.append(f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3" fill="{color}"/>')
     svg(path, 780, 360, parts)
 
-def bar_chart(path, groups, title="", unit=""):
-    """Write {group: {name: value or (value, spread)}} as an SVG of horizontal bars with their numbers."""
-    colors = dict(zip(dict.fromkeys(name for bars in groups.values() for name in bars), COLORS))
-    top = max([np.max(value) for bars in groups.values() for value in bars.values()] + [1e-12])
-    parts, y = [svg_text(360, 28, title, extra='font-size="14" font-weight="bold"')], 46
-    for group, bars in groups.items():
-        parts.append(svg_text(20, y + 12, group, "start", 'font-weight="bold"'))
-        for name, value in bars.items():
-            (value, spread), y = (*np.atleast_1d(value), 0)[:2], y + 20
-            text = f"{value:.4g}{f' ± {spread:.2g}' if spread else ''} {unit}"
-            length = 340 * max(value, 0) / top
-            parts += [f'<rect x="200" y="{y}" width="{length:.1f}" height="15" fill="{colors[name]}"/>',
-                      svg_text(190, y + 12, name, "end"), svg_text(206 + length, y + 12, text, "start")]
-        y += 28
-    svg(path, 720, y, parts)
 
 # --- Judges and read-outs ------------------------------------------------------
-class Judge(nn.Module):                     # a small classifier of images (B, C, H, W) in [-1, 1]
+
+
+class Judge(nn.Module):
+    """A small classifier of images (B, C, H, W) in [-1, 1]."""
+
     def __init__(self, channels, width, classes, side=16):
         super().__init__()
-        sizes = ((channels, width, 1 + (side > 16)), (width, 2 * width, 1), (2 * width, 64, 1))
-        layers = [x for i, o, s in sizes for x in (nn.MaxPool2d(2), nn.Conv2d(i, o, 3, s, 1), nn.ReLU())]
-        self.body, self.head = nn.Sequential(*layers[1:]), nn.Linear(64, classes)
-    def spatial(self, x):                   # sides above 32 are pooled first
+        strides = (2 if side > 16 else 1, 1, 1)
+        widths = (channels, width, 2 * width, 64)
+        layers = []
+        for i, stride in enumerate(strides):
+            layers += [nn.MaxPool2d(2), nn.Conv2d(widths[i], widths[i + 1], 3, stride, 1), nn.ReLU()]
+        self.body = nn.Sequential(*layers[1:])
+        self.head = nn.Linear(64, classes)
+
+    def spatial(self, x):
+        """Feature maps (B, 64, h, w). Sides above 32 are pooled first, sides below 8 are enlarged to 8."""
+        if x.shape[-1] < 8:
+            x = F.interpolate(x, (8, 8), mode="nearest")
         return self.body(F.avg_pool2d(x, max(1, x.shape[-1] // 32)))                    # (B, 64, h, w)
+
     def features(self, x):
+        """Features (B, 64): the maps' means."""
         return self.spatial(x).mean((2, 3))                                             # (B, 64)
+
     def forward(self, x):
+        """Logits (B, K)."""
         return self.head(self.features(x))                                              # (B, K)
+
 
 @torch.enable_grad()
 def judge(data, role):
-    """The 'teacher' (features for losses) or the 'ruler' (metrics alone), trained on disjoint halves of data:
-    a 'judge' split with labels (M,), classes and pixels(index) -> (B, C, H, W). Kept in runs/judges."""
+    """The 'teacher' (features for losses) or the 'ruler' (metrics alone), trained on disjoint halves of data.
+
+    data: a 'judge' split with labels (M,), classes and pixels(index) -> (B, C, H, W). One thread, so that the
+    same pictures get the same figure on every machine of a kind. Kept in runs/judges.
+    """
     sample = data.pixels(np.arange(0, len(data), max(1, len(data) // 256)))
-    recipe = inspect.getsource(Judge) + inspect.getsource(judge)
+    recipe = inspect.getsource(Judge) + inspect.getsource(train_judge)
     digest = hashlib.sha256(recipe.encode() + sample.numpy().tobytes() + np.asarray(data.labels).tobytes())
     path = Path("runs/judges", f"{role}-{digest.hexdigest()[:16]}.pt")
+    width = 24 if role == "ruler" else 32
+    threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(len(role))
-        network = Judge(sample.shape[1], 24 if role == "ruler" else 32, len(data.classes), sample.shape[-1])
-    if not path.exists():
-        half = torch.randperm(len(data), generator=draws(0, 0, "halves")).chunk(2)[role == "ruler"]
-        opt = torch.optim.Adam(network.parameters(), fused=True)
-        plan = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-2, total_steps=700)
-        for step in tqdm(range(700), f"training the {role}", disable=None):
-            index = half[torch.randint(len(half), (64,), generator=draws(0, step, role))].numpy()
-            value = F.cross_entropy(network(data.pixels(index)), torch.as_tensor(data.labels[index]))
-            opt.zero_grad()
-            value.backward()
-            opt.step()
-            plan.step()
-        write_atomic(path, lambda file: torch.save(network.state_dict(), file))
-    network.load_state_dict(torch.load(path, weights_only=True))
+        network = Judge(sample.shape[1], width, len(data.classes), sample.shape[-1])
+    if path.exists():
+        try:
+            network.load_state_dict(torch.load(path, weights_only=True))
+            return network.eval().requires_grad_(False)
+        except Exception as error:                              # cut short by a full disk, or foreign
+            print(f"{path}: cannot be read ({type(error).__name__}); training it anew", flush=True)
+    try:
+        torch.set_num_threads(1)
+        train_judge(network, data, role)
+    finally:
+        torch.set_num_threads(threads)
+    write_atomic(path, lambda file: torch.save(network.state_dict(), file))
     return network.eval().requires_grad_(False)
 
+
+def train_judge(network, data, role, steps=700):
+    """Train on one half of the data: 700 batches of 64, Adam, one cycle of the learning rate."""
+    halves = torch.randperm(len(data), generator=make_generator(0, 0, "halves")).chunk(2)
+    half = halves[1] if role == "ruler" else halves[0]
+    opt = torch.optim.Adam(network.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-2, total_steps=steps)
+    for step in tqdm(range(steps), f"training the {role}", disable=None):
+        index = half[torch.randint(len(half), (64,), generator=make_generator(0, step, role))].numpy()
+        value = F.cross_entropy(network(data.pixels(index)), torch.as_tensor(data.labels[index]))
+        opt.zero_grad()
+        value.backward()
+        opt.step()
+        schedule.step()
+
+
 @torch.no_grad()
-def accuracy(network, images, labels):      # share of images in [-1, 1] that the judge puts into their class
+def accuracy(network, images, labels):
+    """The share of images (M, C, H, W) in [-1, 1] that the judge puts into their class."""
     logits = torch.cat([network(block) for block in images.float().cpu().split(250)])
     return (logits.argmax(1) == torch.as_tensor(labels)).double().mean().item()
-def nearest(images, dataset):               # the training images nearest in pixels: has the model copied?
-    blocks = np.array_split(np.arange(len(dataset)), 1 + dataset.images.size // 2**26)         # of 256 MB
-    far = [torch.cdist(images.float().flatten(1), dataset.pixels(rows).flatten(1)) for rows in blocks]
-    return dataset.pixels(torch.cat(far, 1).argmin(1).numpy())
+
+
+@torch.no_grad()
+def measure_samples(images, labels, ruler, test):
+    """What the ruler says of samples (M, C, H, W): class accuracy, and Frechet distance to test images.
+
+    Beside the distance stands its floor, that between as many test images and others; N is how many each.
+    From fewer than 65 images, one more than features, no distance is computed: both are None.
+    """
+    N = min(len(images), len(test) // 2)
+    result = {"N": N, "accuracy": accuracy(ruler, images, labels), "distance": None, "floor": None}
+    if N > 64:
+        real = torch.cat([ruler.features(test.pixels(rows)) for rows in np.array_split(np.arange(2 * N), 2)])
+        fake = torch.cat([ruler.features(block) for block in images[:N].split(250)])
+        result["distance"] = frechet(fake, real[:N])
+        result["floor"] = frechet(real[N:], real[:N])
+    return result
+
+
+def nearest(images, dataset):
+    """The training images nearest in pixels to images (M, ...): has the model copied? In blocks of 256 MB."""
+    flat = images.float().flatten(1)
+    best = torch.full((len(flat),), math.inf)
+    found = torch.zeros(len(flat), dtype=torch.long)
+    for rows in np.array_split(np.arange(len(dataset)), 1 + dataset.images.size // 2**26):
+        distance, place = torch.cdist(flat, dataset.pixels(rows).flatten(1)).min(1)
+        closer = distance < best
+        best = torch.where(closer, distance, best)
+        found = torch.where(closer, torch.as_tensor(rows)[place], found)
+    return dataset.pixels(found.numpy())
+
 
 def frechet(a, b):
     """Frechet distance of Gaussians fitted to features (M, 64) and (N, 64), in float64. A toy FD, not FID."""
-    (a, ca), (b, cb) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (a, b))
+    a = a.double()
+    b = b.double()
+    ca = torch.cov(a.T)
+    cb = torch.cov(b.T)
     cross = torch.linalg.eigvals(ca @ cb).real.clamp(min=0).sqrt().sum()         # trace of (Ca Cb)^(1/2)
-    return ((a - b).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
 
-def flops(function):                        # of function(), by torch's own counter: one multiply-add counts 2
-    with FlopCounterMode(display=False) as counter:
+
+def flops(function):
+    """FLOPs of function(), by torch's own counter: a multiply-add counts 2, elementwise work nothing.
+
+    Attention is computed by matrix products meanwhile, since the counter does not know the CPU's flash
+    kernel; gradients of grouped convolutions are counted as they are: torch's formula forgets the groups.
+    """
+    backward = torch.ops.aten.convolution_backward
+    counter = FlopCounterMode(display=False, custom_mapping={backward: conv_backward})
+    with sdpa_kernel(SDPBackend.MATH), counter:
         function()
     return counter.get_total_flops()
-def memory(device):                         # peak MiB of the CUDA allocator, or of the whole process
+
+
+def conv_backward(grad, x, weight, *others, out_shape=None):
+    """FLOPs of a convolution's backward, from shapes: either gradient costs what the forward does."""
+    transposed = others[4]
+    wanted = others[7]                                          # of x, of the weights, of the bias
+    side = x if transposed else grad                            # each of its pixels meets the whole kernel
+    once = 2 * side[0] * math.prod(side[2:]) * math.prod(weight)
+    return once * sum(map(bool, wanted[:2]))
+
+
+def memory(device):
+    """Peak MiB of the CUDA allocator, or of the whole process; None where it cannot be told (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+need, mine, draws = require, shard, make_generator              # names that go

@@ -9,11 +9,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-import torch
-
 from tests import ROOT
 from tests.tiny import TINY, argv
+
+import pytest
+import torch
 
 torch.set_num_threads(1)
 inspect.getsource = functools.cache(inspect.getsource)       # a command line reads its Config's comments: parse a file once

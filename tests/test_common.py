@@ -18,14 +18,14 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
+import data
+from tests import ROOT
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-
-import common
-import data
-from tests import ROOT
 
 TOY = '''"""Toy: a line through points.
 
@@ -36,36 +36,38 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+import common
 import torch
 import torch.nn as nn
-import common
 
 @dataclass
 class Config:
     preset: str = "demo"                    # where the values start from
     mode: Literal["plain", "nan", "slow", "probe"] = "plain"    # what goes wrong
-    width: int = 3                          # inputs
-    steps: int = 9                          # optimizer steps
-    batch: int = 8                          # points a step
-    lr: float = 1e-2                        # learning rate
+    width: int = 3                          # >= 1: inputs
+    steps: int = 9                          # >= 1: optimizer steps
+    batch: int = 8                          # >= 1: points a step
+    lr: float = 1e-2                        # > 0: learning rate
     seed: int = 0                           # of everything
-    gpus: int = 1                           # processes
+    gpus: int = 1                           # >= 1: processes
     device: str = "cpu"                     # auto, cpu or cuda
     bf16: bool = False                      # 50 % of the bits
     name: str = ""                          # run folder
     resume: bool = False                    # go on
     sample: str = ""                        # checkpoint to draw from
-    log: int = 4                            # steps between log lines
-    save: int = 4                           # steps between checkpoints
-    calls: int = 5                          # of the sampler
+    log: int = 4                            # >= 1: steps between log lines
+    save: int = 4                           # >= 1: steps between checkpoints
+    calls: int = 5                          # >= 1: of the sampler
 
-    sampling = ("calls",)
+    out: str = ""                           # where --sample writes
+
+    sampling: ClassVar = ("calls",)
 
 PRESETS = {"demo": {}, "big/2": dict(batch=16, calls=7)}
 
 def check(cfg):
-    common.need(cfg.calls > 0, f"--calls {cfg.calls}: must be above 0")
+    common.require(cfg.calls != 13, "--calls 13: bad luck")
 
 def prepare(cfg):
     with open("prepared", "a") as file:
@@ -74,7 +76,7 @@ def prepare(cfg):
 def probe(cfg):
     """What only two processes can show; rank 0 writes it down."""
     rank, found = common.rank(), {}
-    found["mine"] = common.mine(torch.arange(8)).tolist()
+    found["mine"] = common.shard(torch.arange(8)).tolist()
     p, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     p.grad = torch.tensor([1.0, 2.0]) * (1 + 2 * rank)
     common.average_gradients([p, unused])
@@ -96,12 +98,12 @@ def main(cfg):
     if cfg.mode == "probe":
         probe(cfg)
     run = common.Run(cfg)
-    torch.manual_seed(common.draws(cfg.seed, 0, "weights").initial_seed())
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "weights").initial_seed())
     model = nn.Linear(cfg.width, 1)
     opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr)
     start = run.restore(model=model, opt=opt)
     for step in run.steps(start):
-        x = common.mine(torch.randn(cfg.batch, cfg.width, generator=common.draws(cfg.seed, step, "data")))
+        x = common.shard(torch.randn(cfg.batch, cfg.width, generator=common.make_generator(cfg.seed, step, "data")))
         value = (model(x) - x.sum(1, keepdim=True)).square().mean()
         if cfg.mode == "nan" and step == 5:
             value = value * float("nan")
@@ -117,7 +119,7 @@ def main(cfg):
     return 0
 
 if __name__ == "__main__":
-    common.launch(main, common.cli(Config, PRESETS, __doc__))
+    common.launch(main, common.cli(Config, PRESETS, __doc__), check, prepare)
 '''
 
 
@@ -138,7 +140,8 @@ def run(toy, capsys):
     def run(*words):
         code = 0
         try:
-            common.launch(toy.main, common.cli(toy.Config, toy.PRESETS, toy.__doc__, [str(word) for word in words]))
+            cfg = common.cli(toy.Config, toy.PRESETS, toy.__doc__, [str(word) for word in words])
+            common.launch(toy.main, cfg, toy.check, toy.prepare)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -179,8 +182,8 @@ def is_one_line(err):
 @pytest.mark.parametrize("words, said", [
     (["--nope", "1"], "--nope"), (["--step", "3"], "--step"), (["extra"], "extra"), (["--steps", "many"], "many"),
     (["--steps", "1.5"], "1.5"), (["--preset", "huge"], "huge"), (["--mode", "sideways"], "plain"), (["--lr"], "--lr"),
-    (["--steps", "0"], "at least 1"), (["--batch", "-8"], "at least 1"), (["--log", "0"], "--log"),
-    (["--lr", "0"], "above 0"), (["--lr", "nan"], "above 0"), (["--lr", "inf"], "above 0"),
+    (["--steps", "0"], ">= 1"), (["--batch", "-8"], ">= 1"), (["--log", "0"], "--log"),
+    (["--lr", "0"], "> 0"), (["--lr", "nan"], "> 0"), (["--lr", "inf"], "> 0"),
     (["--name", "../out"], "letters"), (["--name", ".."], "letters"), (["--device", "tpu"], "tpu"),
     (["--batch", "7", "--gpus", "2"], "multiple of the 2 processes"), (["--calls", "0"], "--calls 0"),
     (["--calls", "0", "--gpus", "2"], "--calls 0"), (["--sample", "none.pt"], "No such file"),
@@ -212,10 +215,53 @@ def test_a_preset_and_flags_make_the_config(toy):
 
 def test_help_shows_the_docstring_and_every_comment(run, toy):
     code, out, _ = run("--help")
-    assert code == 0 and toy.__doc__.strip() in out and "Presets: demo, big/2" in out
-    for line in re.findall(r"^    (\w+): [^#\n]*# (.*)$", TOY, re.M):
-        assert re.search(rf"--{line[0]}\b[^#]*{re.escape(line[1])}", out), line
-    assert "--bf16, --no-bf16" in out and "(default 0.01)" in out
+    plain = " ".join(out.split())
+    assert code == 0 and toy.__doc__.strip() in out and "Presets:\n  demo\n  big/2\n" in out and "Python 3.10" in out
+    for name, (range_text, text) in common.field_notes(toy.Config).items():
+        shown = f"{text} ({range_text})" if range_text else text
+        assert re.search(rf"--{name}\b[^#]*{re.escape(shown)}", plain), name
+    assert "--bf16, --no-bf16" in out and "(default 0.01)" in plain and "[plain, nan, slow, probe]" in plain
+    assert "only these may change: sample, seed, device, out, calls." in plain
+
+
+def test_help_shows_what_the_demo_uses(run, toy, monkeypatch):
+    monkeypatch.setitem(toy.PRESETS, "demo", dict(batch=48))
+    assert "points a step (>= 1) (default 48)" in " ".join(run("--help")[1].split())
+
+
+@pytest.mark.parametrize("text, inside, outside", [
+    (">= 1", [1, 7], [0, -1, math.nan, math.inf]), ("> 0", [1e-9], [0, -1]), (">= 0 and < 1", [0, 0.99], [1, -0.1]),
+    ("in [0, 1]", [0, 1, 0.5], [-0.1, 1.1]), ("in (0, 1]", [1e-9, 1], [0]), ("in [0, 1)", [0], [1]),
+    ("in [1, inf]", [1, math.inf], [0.5, math.nan]), ("", [-3, 0.5], [math.nan, math.inf, -math.inf])])
+def test_ranges(text, inside, outside):
+    assert all(common.in_range(value, text) for value in inside)
+    assert not any(common.in_range(value, text) for value in outside)
+
+
+def test_ranges_hold_without_the_command_line(toy, capsys):
+    for changes, said in ((dict(calls=0), "--calls 0: must be >= 1"), (dict(lr=math.nan), "--lr nan: must be > 0"),
+                          (dict(mode="sideways"), "--mode sideways: must be one of plain, nan")):
+        with pytest.raises(SystemExit) as stop:
+            common.launch(toy.main, toy.Config(**changes), toy.check, toy.prepare)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and is_one_line(err) and said in err
+
+
+def test_steps_of_stages(toy):
+    """--steps_X given, else --steps given, else the preset's steps_X, else its steps: whatever the numbers are."""
+    source = TOY.replace("    batch: int", "    steps_ae: int = 0                       # of one stage\n    batch: int", 1)
+    Path("staged.py").write_text(source.replace("dict(batch=16, calls=7)", "dict(steps=70, steps_ae=5)"))
+    staged = importlib.import_module("staged")
+
+    def steps(*words):
+        cfg = common.cli(staged.Config, staged.PRESETS, "", words)
+        return cfg.steps, cfg.steps_ae, common.is_preset(cfg, staged.PRESETS)
+
+    assert steps() == (9, 9, True) and steps("--steps", "9") == (9, 9, True)
+    assert steps("--preset", "big/2") == (70, 5, True)
+    assert steps("--preset", "big/2", "--steps", "70") == (70, 70, False)       # the preset's own number, but given
+    assert steps("--preset", "big/2", "--steps", "8", "--steps_ae", "3") == (8, 3, False)
+    assert steps("--preset", "big/2", "--steps_ae", "3") == (70, 3, False)
 
 
 # --- Launch --------------------------------------------------------------------
@@ -224,7 +270,6 @@ def test_launch_exits_with_what_main_returns(toy, run, monkeypatch):
     assert run("--steps", 1)[0] == 0
     assert Path("prepared").read_text() == "once "
     monkeypatch.setattr(toy, "main", lambda cfg: 1)
-    toy.main.__globals__.update(check=toy.check, prepare=toy.prepare)
     assert run("--steps", 1)[0] == 1
 
 
@@ -270,8 +315,8 @@ def test_two_processes(toy):
     assert "different weights" in found["unequal"]
     stopped = saved()
     assert stopped["step"] == 6
-    alone = common.launch(toy.main, common.cli(toy.Config, toy.PRESETS, toy.__doc__, ["--name", "one", "--steps", "6",
-                                                                                    "--log", "4", "--save", "6"]))
+    words = ["--name", "one", "--steps", "6", "--log", "4", "--save", "6"]
+    alone = common.launch(toy.main, common.cli(toy.Config, toy.PRESETS, toy.__doc__, words), toy.check, toy.prepare)
     assert alone is None
     for name, value in saved("one")["state"]["model"].items():
         assert torch.allclose(value, stopped["state"]["model"][name], rtol=0, atol=1e-6)
@@ -282,15 +327,15 @@ def test_two_processes(toy):
 # --- Randomness ----------------------------------------------------------------
 
 def test_draws_are_a_function_of_their_arguments():
-    first = torch.rand(5, generator=common.draws(1, 2, "noise"))
+    first = torch.rand(5, generator=common.make_generator(1, 2, "noise"))
     torch.rand(100)
-    assert torch.equal(first, torch.rand(5, generator=common.draws(1, 2, "noise")))
-    seeds = {common.draws(*args).initial_seed() for args in [(1, 2, "noise"), (12, 0, "noise"), (1, 2, "data"),
+    assert torch.equal(first, torch.rand(5, generator=common.make_generator(1, 2, "noise")))
+    seeds = {common.make_generator(*args).initial_seed() for args in [(1, 2, "noise"), (12, 0, "noise"), (1, 2, "data"),
                                                               (2, 1, "noise"), (1, 20, "noise"), (0, 0, "")]}
     assert len(seeds) == 6
     digest = int(hashlib.sha256(b"7/31/data").hexdigest(), 16)
-    assert common.draws(7, 31, "data").initial_seed() == digest >> 193          # the first 63 of 256 bits
-    many = [common.draws(0, step, "x").initial_seed() for step in range(200)]
+    assert common.make_generator(7, 31, "data").initial_seed() == digest >> 193          # the first 63 of 256 bits
+    many = [common.make_generator(0, step, "x").initial_seed() for step in range(200)]
     assert max(many) < 2 ** 63 and max(many) > 2 ** 62 and min(many) >= 0
 
 
@@ -299,7 +344,7 @@ def test_dropout_is_reseeded_and_alone_all_is_mine():
     first = torch.nn.functional.dropout(torch.ones(50))
     common.seed_dropout(3, 4)
     assert torch.equal(first, torch.nn.functional.dropout(torch.ones(50)))
-    assert torch.equal(common.mine(torch.arange(6)), torch.arange(6)) and common.average(torch.ones(2)).sum() == 2
+    assert torch.equal(common.shard(torch.arange(6)), torch.arange(6)) and common.average(torch.ones(2)).sum() == 2
 
 
 def test_ema_by_hand():
@@ -315,7 +360,7 @@ def test_a_run_leaves_its_folder(run):
     code, out, err = run("--steps", 20, "--save", 1)
     assert code == 0 and err == ""
     files = {path.name for path in Path("runs/toy/demo").iterdir()}
-    assert files == {"config.json", "toy.py", "log.jsonl", "loss.svg", "last.pt", "last-10.pt", "last-20.pt"}
+    assert files == {".lock", "config.json", "toy.py", "log.jsonl", "loss.svg", "last.pt", "last-10.pt", "last-20.pt"}
     assert Path("runs/toy/demo/toy.py").read_text() == TOY
     config = json.loads(Path("runs/toy/demo/config.json").read_text())
     assert config["steps"] == 20 and config == saved()["config"]
@@ -384,7 +429,16 @@ def test_a_finished_run_prints_its_result(run):
     assert before == (Path("runs/toy/demo/last.pt").read_bytes(), Path("runs/toy/demo/log.jsonl").read_text())
 
 
+def test_resume_without_a_run_is_refused(run):
+    run("--steps", 2)
+    code, out, err = run("--resume", "--name", "dmeo")
+    assert code == 2 and is_one_line(err) and "runs/toy/dmeo: no run to resume; there are: demo" in err
+    assert sorted(path.name for path in Path("runs/toy").iterdir()) == ["demo"]
+
+
 def test_resume_without_a_checkpoint_starts_and_says_so(run):
+    run("--steps", 2)
+    Path("runs/toy/demo/last.pt").unlink()
     code, out, _ = run("--resume", "--steps", 2)
     assert code == 0 and "no checkpoint yet, starting at step 0" in out and saved()["step"] == 2
 
@@ -407,7 +461,7 @@ def test_sample_takes_the_checkpoints_config(run):
     assert code == 0 and "drawn at step 2 2" in out
     for words in (["--batch", 8], ["--width", 5], ["--gpus", 2], ["--steps", 5]):
         code, _, err = run("--sample", "runs/toy/demo/last.pt", *words)
-        assert code == 2 and is_one_line(err) and "sample, seed, device, calls" in err
+        assert code == 2 and is_one_line(err) and "sample, seed, device, out, calls" in err
     assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
 
 
@@ -604,9 +658,16 @@ def test_to_uint8_inverts_the_reader():
 
 
 def test_font():
-    assert set("0123456789abcdefghijklmnopqrstuvwxyz") <= set(common.FONT)
-    assert all(re.fullmatch("[0-7]{5}", glyph) for glyph in common.FONT.values())
-    assert len(set(common.FONT.values())) >= len(common.FONT) - 2               # o and 0, i and 1 may share
+    """Every printable ASCII character has a glyph of its own; text is as high as asked, with ink, and cached."""
+    letters = [chr(code) for code in range(33, 127)] + ["±", "×"]
+    glyphs = {letter: common.text_bitmap(letter, 13) for letter in letters}
+    for height in (10, 13):
+        shown = {common.text_bitmap(letter, height).tobytes() for letter in letters}
+        assert len(shown) == len(letters), "two letters look alike"
+    assert all(glyph.shape[0] == 13 and 0 <= glyph.min() and glyph.max() > 0.9 for glyph in glyphs.values())
+    both = np.concatenate([glyphs["k"], glyphs["="]], 1)
+    assert (common.text_bitmap("k=", 13) == both).all() and common.text_bitmap("", 13).shape == (13, 0)
+    assert common.text_bitmap("\u2603", 13).tobytes() == common.text_bitmap("\u2604", 13).tobytes()
 
 
 def test_grid_geometry():
@@ -627,7 +688,7 @@ def test_grid_geometry():
     assert dark.any() and (xs.min() < images_at[1].min()) and (ys.min() < images_at[0].min())
     assert not (dark & ((named >= 10) & (named < 15)).all(-1)).any()
     bytes_of = {word: common.grid(images[:1], 1, rows=[word]).tobytes() for word in ("ab", "ba", "AB")}
-    assert bytes_of["ab"] == bytes_of["AB"] != bytes_of["ba"]
+    assert len(set(bytes_of.values())) == 3
     grey = common.grid(np.full((2, 1, 3, 3), 77, np.uint8), 2)
     assert (grey == 77).all(-1).sum() == 18
 
@@ -674,19 +735,6 @@ def test_a_line_chart_shows_the_data(tmp_path):
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in line.split())
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and 3 * (y1 - y0) == pytest.approx(y2 - y1, abs=0.5)
     assert {"1", "10", "100", "1000", "10000"} <= set(texts)
-
-
-def test_bar_charts(tmp_path):
-    groups = {"first": {"ours": (4.0, 0.5), "theirs": 2.0}, "second": {"ours": 1.0, "zero": 0, "less": -1.0}}
-    common.bar_chart(tmp_path / "x.svg", groups, "title", "ms")
-    root, texts = numbers_of(tmp_path / "x.svg")
-    bars = [element for element in root if element.tag.endswith("rect")]
-    widths = [float(bar.get("width")) for bar in bars]
-    assert widths[0] == pytest.approx(2 * widths[1]) == pytest.approx(4 * widths[2]) and widths[3:] == [0, 0]
-    assert bars[0].get("fill") == bars[2].get("fill") != bars[1].get("fill")
-    assert {"first", "second", "ours", "theirs", "4 ± 0.5 ms", "2 ms", "-1 ms", "title"} <= set(texts)
-    common.bar_chart(tmp_path / "y.svg", {"none": {"a": 0.0}})
-    numbers_of(tmp_path / "y.svg")
 
 
 # --- Judges and read-outs ------------------------------------------------------

@@ -7,12 +7,12 @@ import shlex
 import signal
 from pathlib import Path
 
-import pytest
-import torch
-
 import common
 from tests import ROOT
 from tests.tiny import TINY, argv
+
+import pytest
+import torch
 
 METHODS = list(TINY)
 
@@ -20,7 +20,8 @@ METHODS = list(TINY)
 def run(method, words):
     """The method's command line in this process."""
     module = importlib.import_module(method)
-    common.launch(module.main, common.cli(module.Config, module.PRESETS, module.__doc__, words))
+    cfg = common.cli(module.Config, module.PRESETS, module.__doc__, words)
+    common.launch(module.main, cfg, module.check, module.prepare)
 
 
 def checkpoints(method, name):

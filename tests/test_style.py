@@ -6,12 +6,12 @@ import subprocess
 import sys
 import types
 
-import pytest
-import torch
-
 import common
 from tests import ROOT
 from tests.tiny import EXTRA, TINY, VARIANTS, argv
+
+import pytest
+import torch
 
 METHODS = list(TINY)
 LINES = {"arflow": 650, "slimfit": 860, "common": 500, "data": 660}                     # other method files: 800
@@ -190,8 +190,8 @@ def test_shape_comments_hold_and_all_run(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, module)
     exec(compile(tree, module.__file__, "exec"), module.__dict__)
     for words in [[], *VARIANTS[name]]:
-        common.launch(module.main, common.cli(module.Config, module.PRESETS, module.__doc__,
-                                              argv(name, steps=2, save=2) + words))
+        cfg = common.cli(module.Config, module.PRESETS, module.__doc__, argv(name, steps=2, save=2) + words)
+        common.launch(module.main, cfg, module.check, module.prepare)
     EXTRA[name](module)
     never = set(instrument.comments) - seen
     assert not never, f"{name}.py: shape comments never executed in lines {sorted(never)}"

@@ -3,9 +3,9 @@
 import importlib
 import sys
 
-import torch
-
 import common
+
+import torch
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -18,4 +18,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    common.launch(main, common.cli(module.Config, module.PRESETS, module.__doc__, sys.argv[2:]))
+    common.launch(main, common.cli(module.Config, module.PRESETS, module.__doc__, sys.argv[2:]), check, prepare)

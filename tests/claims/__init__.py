@@ -14,6 +14,10 @@ and may write a picture into assets/. A row that needs what is not here returns 
 
 import statistics
 
+import common
+
+import numpy as np
+
 
 def spread(values):
     """'mean ± s.d. (n = ...)' of a list of numbers."""
@@ -25,3 +29,24 @@ def spread(values):
 def seeds(scale):
     """The seeds of a row: one for a quick look, three in full."""
     return range(1 if scale == "quick" else 3)
+
+
+def bar_chart(path, groups, title="", unit=""):
+    """Write {group: {name: value or (value, spread)}} as an SVG of horizontal bars with their numbers."""
+    names = dict.fromkeys(name for bars in groups.values() for name in bars)
+    colors = dict(zip(names, common.COLORS))
+    top = max([np.max(value) for bars in groups.values() for value in bars.values()] + [1e-12])
+    parts = [common.svg_text(360, 28, title, extra='font-size="14" font-weight="bold"')]
+    y = 46
+    for group, bars in groups.items():
+        parts.append(common.svg_text(20, y + 12, group, "start", 'font-weight="bold"'))
+        for name, value in bars.items():
+            value, spread = (*np.atleast_1d(value), 0)[:2]
+            y += 20
+            text = f"{value:.4g} ± {spread:.2g} {unit}" if spread else f"{value:.4g} {unit}"
+            length = 340 * max(value, 0) / top
+            parts.append(f'<rect x="200" y="{y}" width="{length:.1f}" height="15" fill="{colors[name]}"/>')
+            parts.append(common.svg_text(190, y + 12, name, "end"))
+            parts.append(common.svg_text(206 + length, y + 12, text, "start"))
+        y += 28
+    common.svg(path, 720, y, parts)

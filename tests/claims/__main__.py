@@ -10,9 +10,9 @@ import re
 import sys
 import time
 
-import torch
-
 from tests import ROOT
+
+import torch
 
 FOLDER = ROOT / "assets" / "claims"
 
