@@ -263,12 +263,14 @@ def launch(main, cfg, check=None, prepare=None, processes=None):
     except (UserError, OSError, KeyboardInterrupt) as error:
         quit_with(error)
     except (MemoryError, RuntimeError) as error:
-        require_no_allocator(error)
+        quit_without_memory(error)
+    finally:
+        LOCKS.clear()                                           # closing the files lets the folders go
     if code:
         sys.exit(code)
 
 
-def require_no_allocator(error):
+def quit_without_memory(error):
     """Leave with the allocator's word in one line where memory was refused; raise anything else again."""
     words = ("allocate memory", "out of memory", "Storage size calculation overflowed", "unable to mmap")
     text = " ".join(str(error).split())

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -845,3 +846,461 @@ def test_flops_and_memory():
     assert common.flops(lambda: layer(x).sum().backward()) == 3 * 2 * 3 * 7 * 5
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert common.memory(torch.device("cpu")) == pytest.approx(int(peak[1]) / 1024, rel=0.02)
+
+
+# --- What users meet -----------------------------------------------------------
+
+def wait_for(path, process, seconds=60):
+    """Until a file is there, while the process lives."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+def test_two_runs_at_once_never_share_a_folder(toy, run):
+    """A second run of the same name takes the next folder; resuming what another process trains is refused."""
+    process = command("toy.py", "--steps", 10 ** 6, "--log", 2, "--save", 10 ** 6)
+    try:
+        wait_for(Path("runs/toy/demo/log.jsonl"), process)
+        code, out, _ = run("--steps", 2)
+        assert code == 0 and "runs/toy/demo is another run's; this one goes to runs/toy/demo-2" in out
+        assert saved("demo-2")["step"] == 2 and not Path("runs/toy/demo/last.pt").exists()
+        code, out, err = run("--resume")
+        assert code == 2 and is_one_line(err) and "another process is training there" in err
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "go on with --resume: python toy.py --resume --name demo" in out
+    assert saved()["config"]["name"] == "demo"
+
+
+def test_a_copied_and_a_renamed_run_resume(run):
+    run("--steps", 4, "--name", "first")
+    shutil.copytree("runs/toy/first", "runs/toy/copy")
+    Path("runs/toy/first").rename("runs/toy/renamed")
+    for name in ("copy", "renamed"):
+        code, out, err = run("--resume", "--name", name, "--steps", 6)
+        assert code == 0 and f"runs/toy/{name}: cpu" in out and saved(name)["step"] == 6, err
+        assert saved(name)["config"]["name"] == name
+
+
+def test_temporary_files_of_killed_writers_are_swept(run):
+    run("--steps", 2)
+    Path("runs/toy/demo/last.pt.123.tmp").write_bytes(b"half")
+    run("--steps", 3, "--resume")
+    assert not list(Path("runs").rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(step="four"), "field step is no int"), (dict(step=True), "field step is no int"), (dict(step=-1), "sums or step"),
+    (dict(sums=[1]), "field sums is no dict"), (dict(sums={"loss": 3}), "sums or step"), (dict(state=[]), "field state is no dict"),
+    (dict(config=[]), "field config is no dict"), (dict(classes="a"), "field classes is no list")])
+def test_a_damaged_checkpoint_names_its_field(run, change, said):
+    run("--steps", 4)
+    path = Path("runs/toy/demo/last.pt")
+    torch.save(saved() | change, path)
+    for words in (["--resume", "--steps", 6], ["--sample", path]):
+        code, out, err = run(*words)
+        assert code == 2 and is_one_line(err) and said in err and str(path) in err, err
+
+
+def test_a_checkpoint_that_lacks_a_field_or_has_other_parts(run):
+    run("--steps", 4)
+    path, good = Path("runs/toy/demo/last.pt"), saved()
+    for name in ("step", "sums", "state", "config", "method"):
+        torch.save({key: value for key, value in good.items() if key != name}, path)
+        code, _, err = run("--resume", "--steps", 6)
+        assert code == 2 and is_one_line(err) and str(path) in err and name in err
+    broken = [{"model": good["state"]["model"]}, {"model": [1], "opt": good["state"]["opt"]},
+              {"model": good["state"]["model"], "opt": {"state": 3}}, {"model": {1: 2}, "opt": good["state"]["opt"]},
+              {"model": good["state"]["model"], "opt": "text"}]
+    for state in broken:
+        torch.save(good | {"state": state}, path)
+        code, _, err = run("--resume", "--steps", 6)
+        assert code == 2 and is_one_line(err) and "does not fit" in err, (state, err)
+    torch.save(good | {"state": good["state"] | {"model": {k: v * math.nan for k, v in good["state"]["model"].items()}}}, path)
+    code, _, err = run("--resume", "--steps", 6)
+    assert code == 2 and is_one_line(err) and "model holds weights that are not finite" in err
+
+
+@pytest.mark.parametrize("text, said", [
+    ("[1]", "holds no configuration"), ("{half", "no configuration can be read"), ("\xff\xfe\x00", "no configuration can be read"),
+    ('{"batch": "8"}', "fields")])
+def test_a_damaged_configuration_is_one_line(run, text, said):
+    run("--steps", 2)
+    path = Path("runs/toy/demo/config.json")
+    path.write_bytes(text.encode("latin-1"))
+    code, _, err = run("--resume")
+    assert code == 2 and is_one_line(err) and said in err and str(path) in err
+
+
+@pytest.mark.parametrize("field, value", [("batch", "8"), ("lr", "fast"), ("bf16", 1), ("steps", 2.5), ("mode", None)])
+def test_a_field_of_another_type_is_named(run, field, value):
+    run("--steps", 2)
+    path = Path("runs/toy/demo/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    code, _, err = run("--resume")
+    assert code == 2 and is_one_line(err) and f"field {field} is {value!r}" in err
+    torch.save(saved() | {"config": saved()["config"] | {field: value}}, "runs/toy/demo/last.pt")
+    code, _, err = run("--sample", "runs/toy/demo/last.pt")
+    assert code == 2 and is_one_line(err) and f"field {field} is {value!r}" in err
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '{"step": "4", "loss": 1}', '{"loss": 1}', "\udcff\udcfe", '{"step": 1, "loss": "x"}'])
+def test_a_damaged_log_is_one_line(run, line):
+    run("--steps", 4, "--log", 1)
+    path = Path("runs/toy/demo/log.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_bytes("\n".join([lines[0], line, *lines[2:]]).encode(errors="surrogateescape"))
+    code, _, err = run("--resume", "--steps", 6)
+    assert code == 2 and is_one_line(err) and "log.jsonl: line 2" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_hung_up_terminal_saves_like_sigterm(run, monkeypatch, number):
+    original = common.Run.log
+
+    def hangs_up(self, step, **values):
+        if step == 5:
+            signal.raise_signal(number)
+        original(self, step, **values)
+
+    monkeypatch.setattr(common.Run, "log", hangs_up)
+    code, _, _ = run("--save", 100)
+    assert code == 128 + number and saved()["step"] == 6
+
+
+def test_nohup_is_respected(run, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        original = common.Run.log
+
+        def hangs_up(self, step, **values):
+            signal.raise_signal(signal.SIGHUP)
+            original(self, step, **values)
+
+        monkeypatch.setattr(common.Run, "log", hangs_up)
+        assert run("--steps", 3)[0] == 0 and saved()["step"] == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_pipe_saves_and_leaves(toy):
+    """What `| head -1` does: the reader leaves after the first line."""
+    process = command("toy.py", "--steps", 10 ** 6, "--log", 5, "--save", 10 ** 6)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE and process.stderr.read() == ""
+    assert saved()["step"] % 5 == 0
+
+
+def test_a_machine_without_resource_or_locks(toy):
+    """Windows has neither module, and no SIGHUP; a run of one process needs none of them."""
+    code = ("import sys, signal\n"
+            "sys.modules['resource'] = sys.modules['fcntl'] = None\n"
+            "del signal.SIGHUP\n"
+            "import common, toy\n"
+            "cfg = common.cli(toy.Config, toy.PRESETS, '', ['--steps', '3', '--log', '1'])\n"
+            "common.launch(toy.main, cfg, toy.check, toy.prepare)\n")
+    process = command("-c", code, env={"PYTHONPATH": f"{ROOT}{os.pathsep}."})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == "" and saved()["step"] == 3
+    assert json.loads(Path("runs/toy/demo/log.jsonl").read_text().splitlines()[0])["memory"] is None
+
+
+def test_what_does_not_fit_into_memory_is_one_line(run, toy, monkeypatch):
+    code, out, err = run("--width", 10 ** 12)
+    assert code == 2 and is_one_line(err) and "not enough memory" in err and "4000000000000 bytes" in err
+    with pytest.raises(common.UserError, match="this model needs 20,000,000,000,000 bytes"):
+        common.require_memory(toy.Config(), lambda: nn.Linear(10 ** 12, 1, bias=False))
+    common.require_memory(toy.Config(), lambda: nn.Linear(10, 1))
+    for error in (MemoryError("big"), RuntimeError("Storage size calculation overflowed with sizes=[9]"),
+                  torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 5 GiB")):
+        def fails(cfg, error=error):
+            raise error
+        monkeypatch.setattr(toy, "prepare", fails)
+        code, _, err = run("--steps", 1)
+        assert code == 2 and is_one_line(err) and "not enough memory" in err
+
+
+def test_threads_keep_to_the_share_of_the_process(toy, monkeypatch, tmp_path):
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert common.processors() == len(os.sched_getaffinity(0))
+    for text, count in (("150000 100000", 1), ("400000 100000", 3), ("max 100000", 3), ("50000 100000", 1), ("200000 100000", 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+        monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/sys/fs/cgroup/cpu.max")
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text + "\n")
+        assert common.processors() == count, text
+        monkeypatch.undo()
+
+
+def test_a_stage_whose_earlier_stage_changed_starts_anew(toy, capsys):
+    """It keeps the old checkpoint beside it; with the earlier stage unchanged it goes on."""
+    def go_on(frozen, resume=True):
+        run = common.Run(toy.Config(name="staged", resume=resume, steps=4), "ar")
+        model = nn.Linear(2, 1)
+        start = run.restore(model=model, frozen={"tokenizer": frozen})
+        for step in run.steps(start):
+            run.log(step, loss=1.0)
+            run.save(step)
+        return start
+
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    assert go_on(first, resume=False) == 0 and go_on(first) == 4
+    before = Path("runs/toy/staged/ar.pt").read_bytes()
+    capsys.readouterr()
+    assert go_on(second) == 0
+    assert "starting anew" in capsys.readouterr().out
+    assert Path("runs/toy/staged/ar-of-another-staged.pt").read_bytes() == before
+    kept = torch.load("runs/toy/staged/ar.pt", weights_only=True)["state"]["tokenizer"]
+    assert same_state(dict(kept), dict(second.state_dict()))
+
+
+def test_classes_travel_with_the_checkpoint(toy):
+    run = common.Run(toy.Config(name="named", steps=1), classes=["cat", np.str_("dog")])
+    start = run.restore(model=nn.Linear(1, 1))
+    for step in run.steps(start):
+        run.save(step)
+    found = common.read_checkpoint("runs/toy/named/last.pt", "toy")
+    assert common.class_names(found, 2) == ["cat", "dog"]
+    torch.save({key: value for key, value in found.items() if key != "classes"}, "runs/toy/named/last.pt")
+    assert common.class_names(common.read_checkpoint("runs/toy/named/last.pt", "toy"), 2) == ["class 0", "class 1"]
+
+
+def test_stages_run_in_order_and_miss_each_other(toy):
+    cfg, seen = toy.Config(name="staged"), []
+    cfg.stage = "all"
+    stages = {name: lambda cfg, name=name: seen.append(name) for name in ("ae", "dit")}
+    assert common.run_stages(cfg, stages) == Path("runs/toy/staged/dit.pt") and seen == ["ae", "dit"]
+    cfg.stage = "ae"
+    assert common.run_stages(cfg, stages).name == "ae.pt" and seen == ["ae", "dit", "ae"]
+    with pytest.raises(common.UserError, match="python toy.py --preset demo --name staged --stage ae` makes it"):
+        common.require_stage(cfg, "ae")
+    cfg.sample, cfg.out = "runs/toy/staged/last.pt", ""
+    assert common.sample_folder(cfg) == Path("runs/toy/staged/samples")
+    cfg.out = "elsewhere"
+    assert common.sample_folder(cfg) == Path("elsewhere")
+
+
+# --- Weights from files --------------------------------------------------------
+
+def safetensors(tensors):
+    """The bytes of a .safetensors file, from its specification."""
+    kinds = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def test_read_weights_of_every_kind(tmp_path):
+    tensors = {"a.weight": torch.randn(3, 2), "b": torch.arange(4), "half": torch.randn(5).bfloat16(), "none": torch.zeros(0, 2),
+               "one": torch.tensor(2.5)}
+    (tmp_path / "x.safetensors").write_bytes(safetensors(tensors))
+    torch.save(tensors, tmp_path / "x.bin")
+    torch.save({"state_dict": tensors}, tmp_path / "x.pt")
+    plain = {name: tensor for name, tensor in tensors.items() if tensor.dtype != torch.bfloat16}
+    np.savez(tmp_path / "x.npz", **{name: tensor.numpy() for name, tensor in plain.items()})
+    for ending, wanted in ((".safetensors", tensors), (".bin", tensors), (".pt", tensors), (".npz", plain)):
+        found = common.read_weights(tmp_path / f"x{ending}")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
+        assert all(found[name].dtype == value.dtype for name, value in wanted.items())
+
+
+def test_read_weights_of_shards_and_folders(tmp_path):
+    parts = [{"a": torch.ones(2)}, {"b": torch.zeros(3)}]
+    for i, part in enumerate(parts):
+        (tmp_path / f"model-{i}.safetensors").write_bytes(safetensors(part))
+    index = {"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert sorted(common.read_weights(path)) == ["a", "b"]
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(common.UserError, match="index.json: cannot be read as weights"):
+        common.read_weights(tmp_path)
+
+
+def test_what_is_no_weights_is_one_line(tmp_path):
+    """Among others a file whose loading would run code: it leaves no mark."""
+    class Marks:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "marked",)
+
+    torch.save({"a": Marks()}, tmp_path / "code.bin")
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "text.txt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    np.savez(tmp_path / "empty.npz")
+    for name in ("code.bin", "text.safetensors", "text.txt", "list.pt", "empty.npz", "none.pt"):
+        with pytest.raises(common.UserError, match=name):
+            common.read_weights(tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(common.UserError, match="holds no weights"):
+        common.read_weights(tmp_path / "folder")
+    assert not (tmp_path / "marked").exists()
+
+
+class Noisy(nn.Module):
+    """Dropout and BatchNorm: what a network saved in training mode would go on drawing and moving."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 5, 3, 2, 1), nn.BatchNorm2d(5), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.norm(self.conv(x)))
+
+
+def test_a_teacher_in_training_mode_is_frozen(tmp_path):
+    path = str(tmp_path / "teacher.pt")
+    torch.jit.script(Noisy().train()).save(path)
+    features, x = common.load_teacher(path, 3, 8), torch.randn(2, 3, 8, 8, requires_grad=True)
+    first = features(x)
+    assert first.shape == (2, 5, 4, 4) and torch.equal(first, features(x)) and torch.equal(first, features(x))
+    first.sum().backward()
+    assert x.grad is not None, "losses reach the pictures through it"
+
+
+def test_teachers_that_cannot_serve_are_one_line(tmp_path):
+    class Tokens(nn.Module):
+        def forward(self, x):
+            return x.flatten(2).transpose(1, 2)
+
+    class Single(nn.Module):
+        def forward(self, x):
+            return x.mean((1, 2, 3))
+
+    path = str(tmp_path / "tokens.pt")
+    torch.jit.trace(Tokens(), torch.zeros(1, 3, 8, 8)).save(path)
+    assert common.load_teacher(path, 3, 8)(torch.zeros(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+    torch.jit.script(Single()).save(tmp_path / "single.pt")
+    torch.export.save(torch.export.export(Noisy().eval(), (torch.zeros(3, 3, 8, 8),)), tmp_path / "fixed.pt2")
+    (tmp_path / "bytes.pt").write_bytes(b"no")
+    for name, said in (("single.pt", "gives"), ("fixed.pt2", "one or two pictures"), ("bytes.pt", "cannot be read"), ("none.pt2", "cannot be read")):
+        with pytest.raises(common.UserError, match=said) as stop:
+            common.load_teacher(str(tmp_path / name), 3, 8)
+        assert "\n" not in str(stop.value) and name in str(stop.value)
+
+
+# --- Sampling of tokens --------------------------------------------------------
+
+def test_filter_logits_by_hand():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    kept = [torch.isfinite(row).nonzero()[:, 0].tolist() for row in common.filter_logits(p.log(), top_p=0.75)]
+    assert kept == [[0, 1], [1, 2, 3]]
+    kept = [torch.isfinite(row).nonzero()[:, 0].tolist() for row in common.filter_logits(p.log(), top_k=2)]
+    assert kept == [[0, 1], [2, 3]]
+    assert torch.isfinite(common.filter_logits(p.log(), top_p=1e-9)).sum(1).tolist() == [1, 1]
+    warm = common.filter_logits(p.log(), temperature=2.0).softmax(1)
+    assert torch.allclose(warm, p.sqrt() / p.sqrt().sum(1, keepdim=True))
+
+
+def test_invert_distribution_by_hand():
+    logits = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log().expand(6, 3)
+    u = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.9999])
+    assert common.invert_distribution(logits, u).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_blocks_are_the_whole():
+    x, y = torch.randn(7, 2), torch.randn(7, 2)
+    assert torch.equal(common.in_blocks(torch.add, torch.device("cpu"), x, y, size=3), x + y)
+
+
+@pytest.mark.parametrize("text, labels", [("all", [0, 1, 2, 3]), ("2", [2]), ("3,0,3", [3, 0, 3])])
+def test_parse_classes(text, labels):
+    assert common.parse_classes(text, 4) == labels
+
+
+@pytest.mark.parametrize("text", ["", "4", "1,", "-1", "a", "all,1", "²"])
+def test_classes_that_are_none(text):
+    with pytest.raises(common.UserError, match="--classes"):
+        common.parse_classes(text, 4)
+
+
+# --- Exports, pictures of columns, measures ------------------------------------
+
+def test_export_images_both_ways(tmp_path):
+    x = torch.rand(5, 3, 4, 6) * 2 - 1
+    wanted = common.to_uint8(x).permute(0, 2, 3, 1).numpy()
+    common.export_images(tmp_path / "x.npz", x.split(2), 5)
+    with np.load(tmp_path / "x.npz") as file:
+        assert file.files == ["arr_0"] and file["arr_0"].dtype == np.uint8 and (file["arr_0"] == wanted).all()
+    common.export_images(tmp_path / "folder", x[:, :1].split(2), 5)
+    names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert names == [f"{i:06}.png" for i in range(5)]
+    assert (decode(tmp_path / "folder/000003.png")[0][0] == wanted[3, :, :, :1]).all()
+
+
+def test_columns_and_prefixes(tmp_path):
+    x = [torch.full((2, 3, side, side), -0.5) for side in (2, 3, 6)]
+    common.columns_png(tmp_path / "x.png", x, side=6)
+    (picture,), _ = decode(tmp_path / "x.png")
+    assert [(picture == 64).all(-1)[:, 2 + 8 * i:8 + 8 * i].sum() for i in range(3)] == [8, 18, 72]
+    asked = []
+    common.prefixes_png(tmp_path / "y.png", lambda ids: asked.append(ids.shape[1]) or x[ids.shape[1] - 1], torch.zeros(2, 3, dtype=int),
+                        [1, 3], ["a", "b"], lambda k, images: f"k={k} {images.shape[-1]}px", [("real", lambda last: last)])
+    assert asked == [1, 3]
+
+
+def test_measure_samples_needs_more_images_than_features():
+    class Ruler(nn.Module):
+        def features(self, x):
+            return x.flatten(1)
+
+        def forward(self, x):
+            return x.flatten(1)[:, :2]
+
+    class Test:
+        def __len__(self):
+            return 200
+
+        def pixels(self, rows):
+            return torch.from_numpy(np.random.default_rng(0).normal(size=(200, 1, 8, 8)))[rows].float()
+
+    x = torch.randn(80, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels = x.flatten(1)[:, :2].argmax(1)
+    few, many = common.measure_samples(x[:64], labels[:64], Ruler(), Test()), common.measure_samples(x, labels, Ruler(), Test())
+    assert few == {"N": 64, "accuracy": 1.0, "distance": None, "floor": None}
+    real = Test().pixels(np.arange(160)).flatten(1)
+    assert many["N"] == 80 and many["accuracy"] == 1.0
+    assert many["distance"] == pytest.approx(common.frechet(x.flatten(1), real[:80]), rel=1e-9)
+    assert many["floor"] == pytest.approx(common.frechet(real[80:], real[:80]), rel=1e-9) and many["floor"] > 0
+
+
+def test_flops_of_attention_and_grouped_convolutions():
+    q = torch.randn(2, 3, 5, 4, requires_grad=True)
+    attention = 2 * 2 * 2 * 3 * 5 * 5 * 4                                       # q k^T and P v, a multiply-add counts 2
+    assert common.flops(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == attention
+    x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    for groups, transposed in ((1, False), (3, False), (6, False), (3, True)):
+        layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(6, 6, 3, 1, 1, groups=groups)
+        once = 2 * 2 * 8 * 8 * 6 * (6 // groups) * 9
+        assert common.flops(lambda layer=layer: layer(x)) == once
+        assert common.flops(lambda layer=layer: layer(x).sum().backward()) == 3 * once, (groups, transposed)
+
+
+def test_a_judge_cut_short_is_trained_anew_aloud(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "tqdm", lambda steps, *_, **__: list(steps)[:3])
+    first = common.judge(Stripes(), "ruler")
+    (path,) = Path("runs/judges").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    again = common.judge(Stripes(), "ruler")
+    assert "training it anew" in capsys.readouterr().out and same_state(first.state_dict(), again.state_dict())
+    assert common.judge(Stripes(), "ruler").state_dict().keys() == first.state_dict().keys()
+
+
+def test_the_judge_trains_on_one_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = []
+    monkeypatch.setattr(common, "tqdm", lambda steps, *_, **__: threads.append(torch.get_num_threads()) or [0])
+    torch.set_num_threads(2)
+    try:
+        common.judge(Stripes(), "ruler")
+        assert threads == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
