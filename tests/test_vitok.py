@@ -742,11 +742,11 @@ def test_official_auto_encoder(name, act):
                        rope="1d", act=act)
     model = vitok.Autoencoder(cfg)
     weights = {key[2:]: torch.from_numpy(data[key]) for key in data if key.startswith("w/")}
-    model.load_state_dict(official.vitok(weights, {})[1]["tokenizer"])
-    for part, table in (("encoder.embed", "posemb"), ("decoder.from_code", "dec_posemb")):
-        if table in weights:                                  # in the release's video model, not in the paper's
-            add = functools.partial(lambda table, module, given, out: out + table, weights[table])
+    for part, name in (("encoder.embed", "posemb"), ("decoder.from_code", "dec_posemb")):
+        if name in weights:                                   # in the release's video model, not in the paper's
+            add = functools.partial(lambda table, module, given, out: out + table, weights.pop(name))
             model.get_submodule(part).register_forward_hook(add)
+    model.load_state_dict(official.vitok(weights, {})[1]["tokenizer"])
     x, noise = torch.from_numpy(data["x"]), torch.from_numpy(data["eps"])
     with torch.no_grad():
         sampled, mean, logvar = model(x, noise)
