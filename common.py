@@ -21,6 +21,7 @@ import time
 import zipfile
 import zlib
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from struct import pack
@@ -35,6 +36,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -295,8 +297,10 @@ def check_machine(cfg, processes):
         value = getattr(cfg, name)
         require(value >= 1, f"--{name} {value}: must be >= 1")
     require(cfg.lr > 0, f"--lr {cfg.lr}: must be > 0")
-    whole = cfg.batch % processes == 0
-    require(whole, f"--batch {cfg.batch}: must be a multiple of the {processes} processes")
+    accumulate = getattr(cfg, "accumulate", 1)
+    whole = cfg.batch % (processes * accumulate) == 0
+    parts = f"{processes} processes x {accumulate} parts"
+    require(whole, f"--batch {cfg.batch}: must be a multiple of the {parts}")
     words = ("auto", "cpu", "cuda") if have else ("auto", "cpu")
     require(cfg.device in words, f"--device {cfg.device}: this machine has {', '.join(words)}")
     fits = cfg.device == "cpu" or not have or asked <= have
@@ -411,6 +415,58 @@ def shard(x):
     return x[rank() * part:(rank() + 1) * part]
 
 
+def shard_noise(shape, seed, step, stream, device, axis=0):
+    """This rank's slice along `axis` of normal noise for the global batch, drawn on the device.
+
+    Each 64 samples have a generator of their own, of which a rank draws only those that it needs: its cost
+    falls with the number of ranks, and what a sample gets does not depend on that number.
+    """
+    part = shape[axis] // world()
+    first = rank() * part
+    pieces = []
+    for k in range(first // 64, -(-(first + part) // 64)):
+        block = [*shape]
+        block[axis] = min(64, shape[axis] - 64 * k)
+        name = f"{stream} {k}" if k else stream
+        noise = torch.randn(block, generator=make_generator(seed, step, name, device), device=device)
+        low = max(0, first - 64 * k)
+        high = min(block[axis], first + part - 64 * k)
+        pieces.append(noise.narrow(axis, low, high - low))
+    return torch.cat(pieces, axis) if len(pieces) > 1 else pieces[0]
+
+
+def in_parts(count, *things):
+    """Yield `things`, tensors (B, ...) in any containers, in `count` equal parts of the batch: --accumulate.
+
+    Numbers and tensors without axes go along whole.
+    """
+    sizes = [len(leaf) for leaf in tree_leaves(things) if torch.is_tensor(leaf) and leaf.ndim]
+    step = sizes[0] // count
+    for start in range(0, step * count, step):
+        yield tree_map(lambda x: x[start:start + step] if torch.is_tensor(x) and x.ndim else x, things)
+
+
+def read_ahead(read, device, total):
+    """A function of the step that gives read(step), which on CUDA a thread has begun one step before.
+
+    What is read depends on the step alone, so that a resumed run reads the same. On a CPU there is nothing
+    to overlap: read is called when its result is wanted.
+    """
+    if device.type == "cpu":
+        return read
+    pool = ThreadPoolExecutor(1)
+    waiting = {}
+
+    def fetch(step):
+        future = waiting.pop(step, None) or pool.submit(read, step)
+        result = future.result()
+        if step + 1 < total:
+            waiting[step + 1] = pool.submit(read, step + 1)
+        return result
+
+    return fetch
+
+
 def seed_dropout(seed, step):
     """Reseed what dropout inside modules draws from; differs by rank."""
     torch.manual_seed(make_generator(seed, step, f"dropout {rank()}").initial_seed())
@@ -423,14 +479,35 @@ def average(x):
     return x
 
 
-def average_gradients(params):
-    """Gradients become means over the processes, in one all_reduce; those that are None stay None."""
+def average_gradients(params, size=2**23):
+    """Gradients become means over the processes; those that are None stay None.
+
+    They travel in buckets of about `size` numbers, each reduced while the next is packed, so that no second
+    copy of all gradients is made. Alone, nothing happens.
+    """
     if world() == 1:
         return
     grads = [p.grad for p in params if p.grad is not None]
-    if grads:
-        parts = average(torch.cat([g.reshape(-1) for g in grads])).split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(parts, grads)])
+    sent = None
+    while grads:
+        bucket, count = [], 0
+        while grads and grads[0].dtype == (bucket or grads)[0].dtype and (count < size or not bucket):
+            bucket.append(grads.pop(0))
+            count += bucket[-1].numel()
+        flat = torch.cat([g.reshape(-1) for g in bucket]).div_(world())
+        work = dist.all_reduce(flat, async_op=True)
+        if sent:
+            receive(*sent)
+        sent = work, flat, bucket
+    if sent:
+        receive(*sent)
+
+
+def receive(work, flat, bucket):
+    """Wait for a bucket of gradients and copy it back."""
+    work.wait()
+    parts = flat.split([g.numel() for g in bucket])
+    torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket)])
 
 
 @torch.no_grad()
@@ -515,6 +592,23 @@ def read_checkpoint(path, method, device="cpu"):
     pairs = all(torch.is_tensor(pair) and pair.numel() == 2 for pair in saved["sums"].values())
     require(pairs and saved["step"] >= 0, f"{path}: fields sums or step are damaged")
     return saved
+
+
+def load_init(cfg, model, name="model", new=()):
+    """--init: the weights of another run's checkpoint, averaged if it has them, as the start of `model`.
+
+    Tensors named in `new`, the tables of classes, stay as they are where their shape differs; all else must
+    fit.
+    """
+    method = folder(cfg).parent.name
+    state = read_checkpoint(cfg.init, method, device_of(cfg))["state"]
+    require(name in state or "ema" in state, f"--init {cfg.init}: holds no {name}; it has {', '.join(state)}")
+    found = dict(state.get("ema", state.get(name)))
+    own = model.state_dict()
+    for key in new:
+        if key in found and key in own and found[key].shape != own[key].shape:
+            found[key] = own[key]
+    load_into({name: model}, {"state": {name: found}}, cfg.init)
 
 
 def load_into(objects, saved, path):
@@ -729,11 +823,15 @@ class Run:
         """True at every `every`-th finished step and at the last one."""
         return (step + 1) % every == 0 or step + 1 == self.total
 
-    def log(self, step, **values):
-        """Sum up 0-d tensors or numbers; at log steps check, write and show their means over all ranks."""
+    def add(self, **values):
+        """Sum up 0-d tensors or numbers for the next log line, without reading them from the device."""
         for name, value in values.items():
             value = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach().reshape(1)
             self.sums[name] = self.sums.get(name, 0) + F.pad(value, (0, 1), value=1.0)          # sum, count
+
+    def log(self, step, **values):
+        """Add the values; at log steps check, write and show the means since the last one, over all ranks."""
+        self.add(**values)
         if not self.due(step, self.cfg.log):
             return
         sums = {name: average(pair.cpu()) for name, pair in self.sums.items()}
