@@ -6,24 +6,31 @@ function of (seed, i): any image can be had at any time, in any order, at any si
 
 Specs:    shapes | cifar10[:PATH] | npz:PATH | folder:PATH | video:PATH | latents:PATH
 Splits:   train, test, judge: disjoint ranges of shapes. Files: their own, else every tenth image is test;
-          judge is train; latents are one whole in every split.
+          judge is train; latents are one whole in every split. All splits have the class list of train.
 Letters:  M images, F frames, C channels, H W height and width, h w a grid of latents, B a batch, K classes
 Errors:   whatever is wrong with a file, its content or a request is a DataError: one line, path and reason.
+Memory:   arrays of files are memory-mapped: they cost the memory of what a batch reads of them.
 Read in this order: the scene, the picture, Captions and words, A data set; then the reader that you need.
 """
 
 import contextlib
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
 import os
 import pickle
 import re
+import shutil
+import struct
 import tarfile
+import tempfile
 import unicodedata
 import urllib.request
+import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,58 +40,48 @@ import torch
 from tqdm import tqdm
 
 import common
+from common import UserError, require
 
-CACHE = Path("runs/data")  # the CIFAR-10 archive and decoded pictures, complete or not there at all
+CACHE = Path("runs/data")  # downloads, decoded pictures, unpacked arrays: complete or not there at all
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
 
-class DataError(common.UserError, ValueError):
-    """Data that cannot be had as asked for: one line with the path and the reason."""
-
-def need(condition, message):
-    if not condition:
-        raise DataError(message)
-
-@contextlib.contextmanager
-def reading(path):
-    """Turn whatever a missing or broken file provokes in decoders (zip, tar, JPEG ...) into one DataError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or f"cannot be read: {error!r}"
-        raise DataError(f"{path}: {reason}") from error
-
-@contextlib.contextmanager
-def whole(path):
-    """Open for writing a file that then appears at `path` complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with reading(path), open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+DataError = UserError  # data that cannot be had as asked for: one line with the path and the reason
 
 # --- Shapes: the scene ---------------------------------------------------------
 
-COLOURS = {"red": (228, 45, 45), "orange": (250, 140, 20), "yellow": (250, 220, 50), "green": (50, 180, 75),
-           "cyan": (60, 205, 225), "blue": (45, 95, 235), "purple": (150, 65, 200), "pink": (250, 130, 190)}
-GROUNDS = {"black": (16, 16, 20), "white": (245, 245, 240), "grey": (105, 105, 110), "brown": (88, 52, 30)}
-SHAPES = "circle square triangle diamond plus cross star ring heart moon".split()
-SIZES, DIRECTIONS = "tiny small medium large huge".split(), "up down left right".split()
+COLOURS = {
+    "red": (228, 45, 45),
+    "orange": (250, 140, 20),
+    "yellow": (250, 220, 50),
+    "green": (50, 180, 75),
+    "cyan": (60, 205, 225),
+    "blue": (45, 95, 235),
+    "purple": (150, 65, 200),
+    "pink": (250, 130, 190),
+}
+GROUNDS = {
+    "black": (16, 16, 20),
+    "white": (245, 245, 240),
+    "grey": (105, 105, 110),
+    "brown": (88, 52, 30),
+}
+SHAPES = ["circle", "square", "triangle", "diamond", "plus", "cross", "star", "ring", "heart", "moon"]
+SIZES = ["tiny", "small", "medium", "large", "huge"]
+SIZE_LIMITS = (0.15, 0.20, 0.32, 0.38)                     # radii at which one size ends and the next begins
 PLACES = ["top left", "top right", "bottom left", "bottom right", "centre"]
-SPLITS = {"train": 0, "judge": 5 * 10**8, "test": 10**9}  # first index of each
-ORDERS = np.array([*itertools.permutations(range(4))])    # of the quadrants
-GOLDEN = 0x9E3779B97F4A7C15
+DIRECTIONS = ["up", "down", "left", "right"]
+SPLITS = {"train": 0, "judge": 5 * 10**8, "test": 10**9}   # the first index of each
+ORDERS = np.array([*itertools.permutations(range(4))])     # of the quadrants, (24, 4)
+GOLDEN = 0x9E3779B97F4A7C15                                # 2^64 over the golden ratio
+
 
 def mix(z):
-    """The finisher of splitmix64 on a uint64 array; the arithmetic wraps."""
+    """The finisher of splitmix64 (Steele, Lea, Flood 2014) on a uint64 array; the arithmetic wraps."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
 
 def uniform(index, field, seed=0):
     """float64 in [0, 1), a pure function of its arguments; arrays `index` and `field` broadcast."""
@@ -93,83 +90,172 @@ def uniform(index, field, seed=0):
     step = (np.atleast_1d(field) + 1).astype(np.uint64) * np.uint64(GOLDEN)
     return (mix(b + step) >> np.uint64(40)) / 2.0**24
 
+
 def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """What images `index` (integers, (M,)) show, exactly: a dict of arrays.
 
-    label, count, background (M,); ground (M, 3), its colour in 0..255. A column an object, (M, 4), -1 where
-    there is none: shape, colour, size, place (positions in SHAPES, COLOURS ...); x, y (at frame 0, y down)
-    and r in sides of the image; angle in radians; shade, a factor on the colour; vx, vy in sides a frame.
+    label, count, background  (M,), integers: the class, how many objects, position in GROUNDS
+    ground                    (M, 3), the background's colour in 0..255
+    shape, colour, size, place  (M, 4), a column an object: positions in SHAPES, COLOURS, SIZES, PLACES
+    x, y, r                   (M, 4), centre at frame 0 (y down) and radius, in sides of the image
+    angle, shade              (M, 4), in radians; a factor on the colour
+    vx, vy                    (M, 4), in sides a frame
+
+    All (M, 4) hold -1 where there is no object. `objects` (lo, hi) with 1 <= lo <= hi <= 4, or DataError.
     """
     lo, hi = objects
-    need(1 <= lo <= hi <= 4, f"shapes: objects {lo},{hi}: give lo,hi with 1 <= lo <= hi <= 4")
-    index, j = np.asarray(index, np.int64)[:, None], np.arange(4)
-    image = [uniform(index, field, seed) for field in range(4)]
-    each = [uniform(index, 8 + 10 * j + field, seed) for field in range(9)]
-    label, count = index % 10, lo + (image[0] * (hi - lo + 1)).astype(int)
-    low, span = (np.where(j, 0.13, 0.215), np.where(j, 0.045, 0.03)) if mixed else (0.17, 0.06)
-    r = low + span * each[2]
+    require(1 <= lo <= hi <= 4, f"shapes: objects {lo},{hi}: give lo,hi with 1 <= lo <= hi <= 4")
+    index = np.asarray(index, np.int64)[:, None]
+    j = np.arange(4)
+
+    # Fields 0..3 of an index belong to the image, 8 + 10 j + 0..8 to its object j.
+    of_image = [uniform(index, field, seed) for field in range(4)]                      # each (M, 1)
+    of_object = [uniform(index, 8 + 10 * j + field, seed) for field in range(9)]        # each (M, 4)
+    u_count, u_ground, u_order, u_light = of_image
+    u_shape, u_colour, u_radius, u_x, u_y, u_angle, u_shade, u_speed, u_heading = of_object
+
+    label = index % 10
+    count = lo + (u_count * (hi - lo + 1)).astype(int)
+    alone = count == 1
+    if mixed:  # object 0, the largest, has the shape of the class, the others have any other shape
+        shape = np.where(j == 0, label, (label + 1 + (u_shape * 9).astype(int)) % 10)
+        r = np.where(j == 0, 0.215 + 0.03 * u_radius, 0.13 + 0.045 * u_radius)
+    else:
+        shape = label
+        r = 0.17 + 0.06 * u_radius
     if frames == 1:  # a single object fills a still; in a clip it needs room to move
-        r = np.where(count == 1, 0.32 + 0.12 * each[2], r)
-    quadrant = ORDERS[(image[2][:, 0] * 24).astype(int)]
-    x, y = (np.where(count == 1, r + (1 - 2 * r) * u, 0.25 + 0.5 * corner + (2 * u - 1) * (0.25 - r))
-            for corner, u in ((quadrant % 2, each[3]), (quadrant // 2, each[4])))
-    speed, heading = 0.02 + 0.04 * each[7], 2 * np.pi * each[8]
-    columns = dict(shape=(label + (mixed and j > 0) * (1 + (each[0] * 9).astype(int))) % 10,
-                   colour=(each[1] * 8).astype(int), size=np.digitize(r, (0.15, 0.20, 0.32, 0.38)),
-                   place=np.where(count == 1, 4, quadrant), x=x, y=y, r=r, angle=(2 * each[5] - 1) * 0.15,
-                   shade=1 - 0.12 * each[6], vx=speed * np.cos(heading), vy=speed * np.sin(heading))
+        r = np.where(alone, 0.32 + 0.12 * u_radius, r)
+
+    def centre(corner, u):
+        """A coordinate: anywhere for one object, else within the quadrant's half that `corner` names."""
+        return np.where(alone, r + (1 - 2 * r) * u, 0.25 + 0.5 * corner + (2 * u - 1) * (0.25 - r))
+
+    quadrant = ORDERS[(u_order[:, 0] * 24).astype(int)]                                 # (M, 4)
+    speed = 0.02 + 0.04 * u_speed
+    heading = 2 * np.pi * u_heading
+    columns = {
+        "shape": shape,
+        "colour": (u_colour * 8).astype(int),
+        "size": np.digitize(r, SIZE_LIMITS),
+        "place": np.where(alone, PLACES.index("centre"), quadrant),
+        "x": centre(quadrant % 2, u_x),
+        "y": centre(quadrant // 2, u_y),
+        "r": r,
+        "angle": (2 * u_angle - 1) * 0.15,
+        "shade": 1 - 0.12 * u_shade,
+        "vx": speed * np.cos(heading),
+        "vy": speed * np.sin(heading),
+    }
     scene = {name: np.where(j < count, column, -1) for name, column in columns.items()}
-    background = (image[1][:, 0] * 4).astype(int)
-    ground = np.array([*GROUNDS.values()])[background] + 16 * (image[3] - 0.5)
-    return dict(scene, label=label[:, 0], count=count[:, 0], background=background, ground=ground)
+    scene["label"] = label[:, 0]
+    scene["count"] = count[:, 0]
+    scene["background"] = (u_ground[:, 0] * 4).astype(int)
+    plain = np.array([*GROUNDS.values()])[scene["background"]]
+    scene["ground"] = plain + 16 * (u_light - 0.5)
+    return scene
+
 
 # --- Shapes: the picture -------------------------------------------------------
+# Signed distance from (x, y), y up, to each shape's edge, in units of its radius, negative inside.
+
+ROOT = 0.5**0.5
+
+
+def circle(x, y):
+    return np.sqrt(x * x + y * y) - 0.9
+
+
+def square(x, y):
+    return np.maximum(abs(x), abs(y)) - 0.78
+
+
+def triangle(x, y):
+    y = y + 0.22
+    return np.maximum(0.8660 * abs(x) + 0.5 * y, -y) - 0.58
+
+
+def diamond(x, y):
+    return 0.527 * (abs(x) / 0.62 + abs(y) - 1)
+
+
+def plus(x, y):
+    long = np.maximum(abs(x), abs(y))
+    short = np.minimum(abs(x), abs(y))
+    return np.maximum(long - 0.95, short - 0.3)
+
+
+def cross(x, y):
+    """A plus, turned by 45 degrees."""
+    return plus(ROOT * (x + y), ROOT * (y - x))
+
 
 def star(x, y):
     """Five points, folded at the axes of symmetry until one straight edge is left."""
-    x, y = abs(x), y + 0.05
+    x = abs(x)
+    y = y + 0.05
     for normal in (0.8090, -0.8090):
         fold = 2 * np.maximum(normal * x - 0.5878 * y, 0)
-        x, y = x - normal * fold, y + 0.5878 * fold
-    dx, dy = 0.52 * 0.5878, 0.52 * 0.8090 - 1
+        x = x - normal * fold
+        y = y + 0.5878 * fold
+    dx = 0.52 * 0.5878              # the edge runs from the tip (0, 1.08) in this direction
+    dy = 0.52 * 0.8090 - 1
     return ((y - 1.08) * dx - abs(x) * dy) / (dx * dx + dy * dy)**0.5
 
-# Signed distance from (x, y), y up, to each shape's edge, in units of its radius, negative inside.
-ROOT = 0.5**0.5
+
+def ring(x, y):
+    return abs(np.sqrt(x * x + y * y) - 0.7) - 0.2
+
+
+def heart(x, y):
+    """A square on its corner and two discs on its upper sides."""
+    corner = (abs(x) + abs(y + 0.12) - 0.74) * ROOT
+    discs = np.sqrt((abs(x) - 0.37)**2 + (y - 0.25)**2) - 0.74 * ROOT
+    return np.minimum(corner, discs)
+
+
+def moon(x, y):
+    """A disc without another disc."""
+    disc = np.sqrt(x * x + y * y) - 0.95
+    bite = np.sqrt((x - 0.42)**2 + (y - 0.12)**2)
+    return np.maximum(disc, 0.78 - bite)
+
+
 DISTANCE = {
-    "circle": lambda x, y: np.sqrt(x * x + y * y) - 0.9,
-    "square": lambda x, y: np.maximum(abs(x), abs(y)) - 0.78,
-    "triangle": lambda x, y: np.maximum(0.8660 * abs(x) + 0.5 * (y + 0.22), -(y + 0.22)) - 0.58,
-    "diamond": lambda x, y: 0.527 * (abs(x) / 0.62 + abs(y) - 1),
-    "plus": lambda x, y: np.maximum(np.maximum(abs(x), abs(y)) - 0.95, np.minimum(abs(x), abs(y)) - 0.3),
-    "cross": lambda x, y: DISTANCE["plus"](ROOT * (x + y), ROOT * (y - x)),
-    "star": star,
-    "ring": lambda x, y: abs(np.sqrt(x * x + y * y) - 0.7) - 0.2,
-    "heart": lambda x, y: np.minimum((abs(x) + abs(y + 0.12) - 0.74) * ROOT,
-                                     np.sqrt((abs(x) - 0.37)**2 + (y - 0.25)**2) - 0.74 * ROOT),
-    "moon": lambda x, y: np.maximum(np.sqrt(x * x + y * y) - 0.95,
-                                    0.78 - np.sqrt((x - 0.42)**2 + (y - 0.12)**2)),
+    "circle": circle, "square": square, "triangle": triangle, "diamond": diamond, "plus": plus,
+    "cross": cross, "star": star, "ring": ring, "heart": heart, "moon": moon,
 }
+
 
 def draw(scene, size, frame=0):
     """Paint the scenes at one frame: uint8 (M, 3, H, W), H = W = size."""
-    r, room = scene["r"], 1 - 2 * scene["r"]
-    # Bouncing between the walls in closed form: frame f needs no frame f-1.
-    x, y = (r + room - abs((scene[c] - r + scene["v" + c] * frame) % (2 * room) - room) for c in "xy")
+    r = scene["r"]
+    room = 1 - 2 * r
+
+    def bounced(start, velocity):
+        """A coordinate between the walls at `frame`, in closed form: frame f needs no frame f-1."""
+        return r + room - abs((start - r + velocity * frame) % (2 * room) - room)
+
+    x = bounced(scene["x"], scene["vx"])
+    y = bounced(scene["y"], scene["vy"])
     geometry = np.stack([x, y, r, np.cos(scene["angle"]), np.sin(scene["angle"])]).astype(np.float32)
-    paint = (np.array([*COLOURS.values()])[scene["colour"]] * scene["shade"][..., None]).astype(np.float32)
+    colour = np.array([*COLOURS.values()])[scene["colour"]]                             # (M, 4, 3)
+    paint = (colour * scene["shade"][..., None]).astype(np.float32)
     pixel = (np.arange(size, dtype=np.float32) + 0.5) / size
     image = np.tile(scene["ground"].astype(np.float32)[:, :, None, None], (size, size))
-    for j, kind in itertools.product((3, 2, 1, 0), range(10)):  # object 0 last, on top; one shape at a time
-        rows = np.flatnonzero(scene["shape"][:, j] == kind)
-        if len(rows):
-            x, y, r, cos, sin = geometry[:, rows, j, None, None]
-            right, up = (pixel - x) / r, (y - pixel[:, None]) / r
-            s = DISTANCE[SHAPES[kind]](cos * right + sin * up, cos * up - sin * right)
-            cover = np.clip(0.5 - s * (r * size), 0, 1)[:, None]
-            part = image[rows]
-            image[rows] = part + cover * (paint[rows, j, :, None, None] - part)
+    for j in (3, 2, 1, 0):  # object 0 last, on top of all others
+        for kind, name in enumerate(SHAPES):
+            rows = np.flatnonzero(scene["shape"][:, j] == kind)
+            if len(rows) == 0:
+                continue
+            x, y, r_j, cos, sin = geometry[:, rows, j, None, None]                      # each (m, 1, 1)
+            right = (pixel - x) / r_j
+            up = (y - pixel[:, None]) / r_j
+            distance = DISTANCE[name](cos * right + sin * up, cos * up - sin * right)   # (m, H, W)
+            cover = np.clip(0.5 - distance * (r_j * size), 0, 1)[:, None]               # of each pixel
+            below = image[rows]
+            image[rows] = below + cover * (paint[rows, j, :, None, None] - below)
     return np.rint(image).astype(np.uint8)
+
 
 def shapes(index, size=32, objects=(1, 1), mixed=False, frames=1, seed=0):
     """Draw images `index` (integers in any order): uint8 (M, 3, H, W), or clips (M, F, 3, H, W).
@@ -184,18 +270,26 @@ def shapes(index, size=32, objects=(1, 1), mixed=False, frames=1, seed=0):
         scene = scenes(index[start:start + block], objects, mixed, frames, seed)
         for frame in range(frames):
             clips[start:start + block, frame] = draw(scene, size, frame)
-    return clips if frames > 1 else clips[:, 0]
+    if frames == 1:
+        return clips[:, 0]
+    return clips
+
 
 # --- Captions and words --------------------------------------------------------
 
 WIDE = "\u2e80-\u9fff\uac00-\ud7a3"  # Chinese, Japanese, Korean: a character is a word
+WORD = re.compile(rf"<\w+>|[{WIDE}]|[^\W{WIDE}]+|[^\w\s]")  # a <tag>, such a character, other letters, a mark
+
 
 def split_words(text):
-    """Lower-case words, punctuation marks and <tags> of a text, in order."""
-    return re.findall(rf"<\w+>|[{WIDE}]|[^\W{WIDE}]+|[^\w\s]", unicodedata.normalize("NFC", text).lower())
+    """Lower-case words, punctuation marks and <tags> of a text, in order: a list of str."""
+    return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
-WORDS = [*dict.fromkeys(split_words(" ".join(
-    ["a in the , and on background moving", *SIZES, *COLOURS, *SHAPES, *PLACES, *GROUNDS, *DIRECTIONS])))]
+
+SENTENCE = ["a in the , and on background moving"]  # what captions say beside the names
+WORDS = list(dict.fromkeys(split_words(" ".join(
+    [*SENTENCE, *SIZES, *COLOURS, *SHAPES, *PLACES, *GROUNDS, *DIRECTIONS]))))
+
 
 class Vocabulary:
     """Words and their ids: 0 padding, 1 start, 2 end, 3 unknown, then the words given (those of captions)."""
@@ -205,33 +299,53 @@ class Vocabulary:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text):
+        """The ids of a text's words: a list of int, without start and end."""
         return [self.ids.get(word, 3) for word in split_words(text)]
 
     def decode(self, ids):
         """The text up to the first <end>, with spaces as its script wants them."""
-        text = " ".join(self.words[i] for i in itertools.takewhile(lambda i: i != 2, ids) if i > 1)
-        return re.sub(rf"(?<=[{WIDE}]) (?=[{WIDE}])| (?=,)|(?<= -) | (?=- )", "", text)
+        words = []
+        for i in ids:
+            if i == 2:
+                break
+            if i > 1:
+                words.append(self.words[i])
+        text = " ".join(words)
+        text = re.sub(rf"(?<=[{WIDE}]) (?=[{WIDE}])", "", text)     # none inside Chinese
+        text = re.sub(r" (?=,)", "", text)                          # none before a comma
+        return re.sub(r"(?<= -) | (?=- )", "", text)                # none around a hyphen
+
 
 def captions(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     """One sentence an image, from the scene and never from pixels: a list of str, of words in WORDS."""
-    scene, j = scenes(index, objects, mixed, frames, seed), np.arange(4)
-    names = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "place": PLACES}
-    size, colour, shape, place = (np.array([*names[key]], object)[scene[key]] for key in names)
-    each = "a " + size + " " + colour + " " + shape + " in the " + place
-    if frames > 1:
-        sideways = abs(scene["vx"]) > abs(scene["vy"])
-        heading = np.where(sideways, 2 + (scene["vx"] > 0), scene["vy"] > 0)
-        each += ", moving " + np.array(DIRECTIONS, object)[heading]
-    count = scene["count"][:, None]
-    joint = np.select([j == 0, j == count - 1], ["", " and "], ", ").astype(object)
-    ground = np.array([*GROUNDS], object)[scene["background"]]
-    return [*(np.where(j < count, joint + each, "").sum(1) + " on a " + ground + " background")]
-
-def caption_ids(index, objects=(1, 1), mixed=False, frames=1, seed=0):
-    """The same as integers (M, 17): size, colour, shape, place of objects 0..3 (-1: none), the background."""
     scene = scenes(index, objects, mixed, frames, seed)
-    each = np.stack([scene[key] for key in ("size", "colour", "shape", "place")], 2)
-    return np.concatenate([each.reshape(len(each), 16), scene["background"][:, None]], 1)
+    colours = [*COLOURS]
+    grounds = [*GROUNDS]
+    sentences = []
+    for i, count in enumerate(scene["count"]):
+        phrases = []
+        for j in range(count):
+            size = SIZES[scene["size"][i, j]]
+            colour = colours[scene["colour"][i, j]]
+            shape = SHAPES[scene["shape"][i, j]]
+            place = PLACES[scene["place"][i, j]]
+            phrase = f"a {size} {colour} {shape} in the {place}"
+            if frames > 1:
+                phrase += f", moving {direction(scene['vx'][i, j], scene['vy'][i, j])}"
+            phrases.append(phrase)
+        text = phrases[-1]
+        if count > 1:
+            text = ", ".join(phrases[:-1]) + " and " + text
+        sentences.append(f"{text} on a {grounds[scene['background'][i]]} background")
+    return sentences
+
+
+def direction(vx, vy):
+    """The word for the larger component of a velocity, y down."""
+    if abs(vx) > abs(vy):
+        return "right" if vx > 0 else "left"
+    return "down" if vy > 0 else "up"
+
 
 # --- A data set ----------------------------------------------------------------
 
@@ -239,41 +353,73 @@ def caption_ids(index, objects=(1, 1), mixed=False, frames=1, seed=0):
 class Data:
     """Labelled images, clips or latents, in memory or memory-mapped. DataError when the parts do not fit.
 
+    images (M, C, H, W) or (M, F, C, H, W): uint8; where `latent` the means, floats (M, C, h, w) or
+    (M, C, t, h, w). Without `classes` the labels found in training are the classes: 7, 107 and 207 are three.
     Beside the fields: by_class, a list of K arrays of positions; mean, the images where latent.
     """
-    images: np.ndarray                       # uint8 (M, C, H, W) or (M, F, C, H, W); the mean where latent
-    labels: np.ndarray                       # int64 (M,)
+
+    images: np.ndarray
+    labels: np.ndarray                       # (M,), integers from 0 up
     classes: list | None = None              # names of the K classes
     captions: list | None = None             # M strings
-    name: str = ""
-    latent: bool = False                     # mean, logvar ...: float (M, C, h, w) or (M, C, t, h, w)
-    logvar: np.ndarray | None = None
+    name: str = ""                           # as --data has it
+    latent: bool = False
+    logvar: np.ndarray | None = None         # these three: of the shape of the means
     mean_flip: np.ndarray | None = None      # of the mirrored image
     logvar_flip: np.ndarray | None = None
-    scale: float = 1.0                       # makes latents of unit variance
+    scale: float | torch.Tensor = 1.0        # makes latents of unit variance; one a channel: (C, 1, 1)
+    train_labels: np.ndarray | None = None   # those of the training split, unless this is it
 
     def __post_init__(self):
-        labels, count = np.asarray(self.labels), len(self.images)
-        need(count and labels.shape == (count,) and labels.dtype.kind in "iu" and labels.min() >= 0,
-             f"{self.name}: {count} images, labels {labels.dtype} {labels.shape}: one class number each")
-        classes = range(labels.max() + 1) if self.classes is None else self.classes
-        need(labels.max() < len(classes), f"{self.name}: label {labels.max()} but {len(classes)} class names")
-        need(self.captions is None or len(self.captions) == count, f"{self.name}: captions are not {count}")
-        self.labels, self.classes = labels.astype(np.int64), [str(name) for name in classes]
-        self.by_class = [np.flatnonzero(labels == k) for k in range(len(classes))]
+        count = len(self.images)
+        labels = np.asarray(self.labels)
+        fits = count and labels.shape == (count,) and labels.dtype.kind in "iu" and labels.min() >= 0
+        found = f"{self.name}: {count} images, labels {labels.dtype} {labels.shape}"
+        require(fits, f"{found}: one class number each")
+        if self.classes is None:
+            self.classes = np.unique(labels if self.train_labels is None else self.train_labels)
+            foreign = np.setdiff1d(labels, self.classes)
+            require(not len(foreign), f"{self.name}: label {foreign[:1]} of the test split is not in train")
+            labels = np.searchsorted(self.classes, labels)
+        K = len(self.classes)
+        require(labels.max() < K, f"{self.name}: label {labels.max()} but {K} class names")
+        told = self.captions is None or len(self.captions) == count
+        require(told, f"{self.name}: captions are not {count}")
+        self.labels = labels.astype(np.int64)
+        self.classes = [str(name) for name in self.classes]
+        ends = np.bincount(labels, minlength=K).cumsum()
+        self.by_class = np.split(labels.argsort(kind="stable"), ends[:-1])
         self.mean = self.images if self.latent else None
 
     def __len__(self):
         return len(self.images)
 
+    @property
+    def kind(self):
+        """What the data set holds, in one word."""
+        return "latents" if self.latent else "images"
+
+    def summary(self):
+        """The same with counts: "540 images, 2 classes (a, b)"."""
+        names = self.classes
+        if len(names) > 12:
+            names = [*names[:3], "...", names[-1]]
+        noun = "class" if len(names) == 1 else "classes"
+        return f"{len(self)} {self.kind}, {len(self.classes)} {noun} ({', '.join(names)})"
+
     def pixels(self, index):
-        """Images `index` as float32 in [-1, 1]: v / 127.5 - 1."""
-        return torch.from_numpy(np.ascontiguousarray(self.images[np.asarray(index)])).float() / 127.5 - 1
+        """Images `index` (B,) as float32 in [-1, 1]: v / 127.5 - 1."""
+        images = torch.from_numpy(np.ascontiguousarray(self.images[np.asarray(index)]))
+        return images.float().div_(127.5).sub_(1)  # the one copy in float32, changed in place
 
     def latents(self, index, flip, noise):
-        """scale * (mean + exp(clamp(logvar, -30, 20) / 2) * noise) as float32, of the mirrored images where
-        `flip` (bool, (B,)). Without logvar: scale * mean. Without a mirrored copy `flip` idles."""
-        index, flip = np.asarray(index), np.asarray(flip, bool)
+        """Latents `index` (B,) as float32: scale * (mean + exp(clamp(logvar, -30, 20) / 2) * noise).
+
+        Those of the mirrored image where `flip` (bool, (B,)); without a mirrored copy `flip` idles. Without
+        logvar: scale * mean, and `noise` (of the latents' shape) idles.
+        """
+        index = np.asarray(index)
+        flip = np.asarray(flip, bool)
 
         def chosen(plain, mirrored):
             rows = np.array(plain[index], np.float32)
@@ -283,261 +429,635 @@ class Data:
 
         z = chosen(self.mean, self.mean_flip)
         if self.logvar is not None:
-            z = z + torch.exp(chosen(self.logvar, self.logvar_flip).clamp(-30, 20) / 2) * noise
+            logvar = chosen(self.logvar, self.logvar_flip)
+            z = z + torch.exp(logvar.clamp(-30, 20) / 2) * noise
         return self.scale * z
 
+
+class Rows:
+    """Chosen rows of an array in a file, read from it when they are asked for."""
+
+    def __init__(self, array, rows):
+        self.array = array
+        self.rows = rows
+        self.shape = (len(rows), *array.shape[1:])
+        self.ndim = array.ndim
+        self.size = int(np.prod(self.shape))
+        self.dtype = array.dtype
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        first, *others = index if isinstance(index, tuple) else (index,)
+        return self.array[(self.rows[first], *others)]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
+
+
+def held_out(count, split, about="data"):
+    """The positions of a split in data that knows none: every tenth is test. DataError where it is empty."""
+    tenth = np.arange(count) % 10 == 9
+    rows = np.flatnonzero(tenth == (split == "test"))
+    require(len(rows), f"{about}: split {split}: 0 of {count}: where no test split is given, every tenth is test")
+    return rows
+
+
+def describe(splits):
+    """What {"train": Data or Pairs, ...} hold, in one line: "540 images, 2 classes (a, b), test 60"."""
+    first, *others = splits
+    parts = [splits[first].summary()]
+    for name in others:
+        parts.append(f"{name} {len(splits[name])}")
+    return ", ".join(parts)
+
+
+def require_images(dataset, split, least, why):
+    """UserError where a split is too small: "test split of folder:x: 3 images; FID needs 10"."""
+    found = f"{split} split of {dataset.name}: {len(dataset)} {dataset.kind}"
+    require(len(dataset) >= least, f"{found}; {why} needs {least}")
+
+
 def open_data(spec, split="train", size=32, objects=(1, 1), mixed=False, frames=1, count=20000):
-    """Open the data set that `spec` names (see the top of this file): Data.
+    """Open the data set that `spec` names (see the top of this file): Data, or a DataError.
 
     shapes: `count` images, or clips of `frames` frames, `objects` and `mixed` as in `shapes`. Files: images
     `size` pixels wide and high, 0 for any; those of a folder are scaled and cropped to it; clips give their
     first `frames` frames, stills when that is 1.
     """
     kind, _, path = spec.partition(":")
-    need(split in SPLITS, f"data {spec}: no split {split}: give {', '.join(SPLITS)}")
+    require(split in SPLITS, f"data {spec}: no split {split}: give {', '.join(SPLITS)}")
     if spec == "shapes":
-        need(min(size, frames, count) > 0, f"shapes: size {size}, frames {frames}, count {count}: 1 or more")
-        index, options = SPLITS[split] + np.arange(count), (objects, mixed, frames)
-        return Data(shapes(index, size, *options), index % 10, SHAPES, captions(index, *options), spec)
+        fits = min(size, frames, count) > 0
+        require(fits, f"shapes: size {size}, frames {frames}, count {count}: 1 or more")
+        index = SPLITS[split] + np.arange(count)
+        images = shapes(index, size, objects, mixed, frames)
+        return Data(images, index % 10, SHAPES, captions(index, objects, mixed, frames), spec)
     readers = {"cifar10": open_pack, "npz": open_pack, "video": open_pack, "folder": open_folder,
                "latents": open_latents}
-    need(kind in readers and (path or spec == "cifar10"),
-         f"data {spec}: give shapes, cifar10, or KIND:PATH with KIND one of {', '.join(readers)}")
+    require(kind in readers and (path or spec == "cifar10"),
+            f"data {spec}: give shapes, cifar10, or KIND:PATH with KIND one of {', '.join(readers)}")
     path = Path(path).expanduser() if path else fetch(CIFAR_URL, CIFAR_MD5)
     data = readers[kind](path, split, size, frames)
+    data.name = spec
     height, width = data.images.shape[-2:]
-    need(data.latent or height == width and size in (0, width),
-         f"{path}: images are {width}x{height} pixels where {size or 'equal sides'} is asked for")
+    fits = data.latent or (height == width and size in (0, width))
+    require(fits, f"{path}: images are {width}x{height} pixels where {size or 'equal sides'} is asked for")
     return data
 
-# --- Packs: npz files, CIFAR-10 as published -----------------------------------
+
+# --- Files and the cache -------------------------------------------------------
+
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever a missing or broken file provokes in decoders (zip, tar, JPEG ...) into one DataError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"cannot be read: {error!r}"
+        raise DataError(f"{path}: {reason}") from error
+
+
+@functools.cache
+def say(text):
+    """Print a line, once a process and on rank 0 alone."""
+    if common.rank() == 0:
+        tqdm.write(text.encode(errors="backslashreplace").decode())  # names of files may hold any bytes
+
+
+def digest(value):
+    """Twelve hexadecimal digits that stand for a value made of strings and numbers."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def cache_path(name):
+    """Where a file of the cache is or may be made: CACHE or, in a read-only checkout, the system's folder."""
+    spare = Path(tempfile.gettempdir(), "papers-data")
+    with contextlib.suppress(OSError):  # whether that went well is asked next
+        CACHE.mkdir(parents=True, exist_ok=True)
+    if (CACHE / name).exists() or os.access(CACHE, os.W_OK):
+        return CACHE / name
+    say(f"{CACHE}: cannot be written: downloads and decoded data go to {spare}")
+    return spare / name
+
+
+def cached(name, key, files, write, load):
+    """load(path) of a file of the cache, which write(file) makes unless it is there already.
+
+    Its name tells what it holds, `key`, and the state (size, time) of the `files` that it was made from: when
+    they change, a new one is made and the old one goes. One that was cut short is made anew.
+    """
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stem = re.sub(r"[^\w.-]", "_", Path(name).stem, flags=re.ASCII)[:40] + f"-{digest(key)}-"
+    path = cache_path(stem + digest(state) + Path(name).suffix)
+    if path.exists():
+        try:
+            return load(path)
+        except Exception as error:  # whatever the bytes provoke
+            say(f"{path}: damaged ({error}): made anew")
+    common.write_atomic(path, write)
+    for old in path.parent.glob(f"{stem}*{path.suffix}"):
+        if old != path:
+            old.unlink(missing_ok=True)
+    return load(path)
+
 
 def fetch(url, md5):
-    """Download a file into CACHE, once; return its path."""
-    path, digest = CACHE / url.split("/")[-1], hashlib.md5()
-    if not path.exists():
-        with whole(path) as file, reading(url), urllib.request.urlopen(url, timeout=30) as reply:
+    """Download a file into the cache, once; return its path."""
+    path = cache_path(url.split("/")[-1])
+
+    def write(file):
+        got = hashlib.md5()
+        with reading(url), urllib.request.urlopen(url, timeout=30) as reply:
             total = int(reply.headers.get("Content-Length") or 0)
             blocks = iter(lambda: reply.read(2**20), b"")
             for block in tqdm(blocks, path.name, total >> 20, unit="MB", disable=None):
                 file.write(block)
-                digest.update(block)
-            got = digest.hexdigest()
-            need(got == md5, f"{url}: {file.tell()} of {total} bytes, md5 {got} where {md5} is right; "
-                 "a copy from elsewhere is read as cifar10:PATH")
+                got.update(block)
+        size = f"{url}: {file.tell()} of {total} bytes"
+        right = f"md5 {got.hexdigest()} where {md5} is right"
+        require(got.hexdigest() == md5, f"{size}, {right}; a copy from elsewhere is read as cifar10:PATH")
+
+    if not path.exists():
+        common.write_atomic(path, write)
     return path
+
+
+# --- Packs: npz files, CIFAR-10 as published -----------------------------------
 
 class ArraysOnly(pickle.Unpickler):
     """Loads pickled containers of numbers, strings and arrays; refuses all else that a pickle could run."""
 
     def find_class(self, module, name):
-        if (module, name) in ((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")):
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return np.empty(0).__reduce__()[0]
-        need(module == "numpy" and name in ("ndarray", "dtype"), f"unsafe pickle: {module}.{name}")
+        require(module == "numpy" and name in ("ndarray", "dtype"), f"unsafe pickle: {module}.{name}")
         return getattr(np, name)
 
-def batches(path):
-    """CIFAR-10 from the published archive or its folder, as the arrays of a pack."""
-    pack = {"class_names": "airplane automobile bird cat deer dog frog horse ship truck".split()}
-    with contextlib.nullcontext() if path.is_dir() else tarfile.open(path) as archive:
+
+def cifar_arrays(path):
+    """CIFAR-10 from the published archive or its folder, as the arrays of a pack: {name: array}."""
+    files = {}
+    with reading(path):
+        if path.is_dir():
+            files = {file.name: file.read_bytes() for file in path.glob("*_batch*")}
+        else:
+            with tarfile.open(path) as archive:
+                for member in archive:
+                    if "_batch" in Path(member.name).name:
+                        files[Path(member.name).name] = archive.extractfile(member).read()
+        pack = {"class_names": "airplane automobile bird cat deer dog frog horse ship truck".split()}
         for part, names in (("train", [f"data_batch_{k}" for k in range(1, 6)]), ("test", ["test_batch"])):
-            read = []
-            for name in names:
-                member = f"cifar-10-batches-py/{name}"
-                with archive.extractfile(member) if archive else open(path / name, "rb") as file:
-                    read.append(ArraysOnly(file, encoding="bytes").load())
-            images = np.concatenate([batch[b"data"] for batch in read])
+            missing = set(names) - files.keys()
+            require(not missing, f"{path}: lacks {', '.join(sorted(missing))}")
+            batches = [ArraysOnly(io.BytesIO(files[name]), encoding="bytes").load() for name in names]
+            images = np.concatenate([batch[b"data"] for batch in batches])
             pack[part + "_images"] = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-            pack[part + "_labels"] = np.concatenate([batch[b"labels"] for batch in read])
+            pack[part + "_labels"] = np.concatenate([batch[b"labels"] for batch in batches])
     return pack
 
-def arrays(path):
-    """The arrays of an npz file, of a folder of .npy files (memory-mapped), or of CIFAR-10."""
+
+def mapped(path):
+    """The arrays of an npz file without compression, memory-mapped in it: {name: array}."""
+    found = {}
+    read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            # A local header of 30 bytes, of which the last four are the lengths of a name and an extra field.
+            file.seek(info.header_offset + 26)
+            lengths = struct.unpack("<HH", file.read(4))
+            file.seek(sum(lengths), os.SEEK_CUR)
+            version, _ = np.lib.format.read_magic(file)
+            shape, fortran, dtype = read_header[version](file)
+            require(not dtype.hasobject, f"{path}: {info.filename} holds Python objects (allow_pickle)")
+            order = "F" if fortran else "C"
+            found[info.filename.removesuffix(".npy")] = np.memmap(path, dtype, "r", file.tell(), shape, order)
+    return found
+
+
+def unpack(path, out):
+    """Copy an npz file, without its compression, into the open file `out`; checksums are compared."""
+    with reading(path), zipfile.ZipFile(path) as archive, zipfile.ZipFile(out, "w") as copy:
+        for name in archive.namelist():
+            with archive.open(name) as source, copy.open(name, "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target, 2**20)
+
+
+def open_arrays(path):
+    """The arrays of an npz file, a folder of .npy files, or CIFAR-10 as published: {name: array}.
+
+    They are memory-mapped; what is compressed is unpacked first, once, into the cache.
+    """
+    key = str(path.absolute())
     with reading(path):
         if path.name.endswith(".tar.gz") or (path / "test_batch").exists():
-            return batches(path)
+            files = sorted(path.iterdir()) if path.is_dir() else [path]
+            return cached("cifar10.npz", key, files, lambda out: np.savez(out, **cifar_arrays(path)), mapped)
         if path.is_dir():
             return {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
-        with np.load(path) as file:
-            return dict(file)
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(info.compress_type for info in archive.infolist())
+        if compressed:
+            return cached(path.name, key, [path], lambda out: unpack(path, out), mapped)
+        return mapped(path)
 
-def held_out(count, split):
-    """The positions of a split in data that knows none: every tenth is test."""
-    return np.flatnonzero((np.arange(count) % 10 == 9) == (split == "test"))
+
+def check_finite(array, path, name):
+    """DataError with the index of the first NaN or infinity in a memory-mapped array; read block by block."""
+    for start in range(0, array.size, 2**20):
+        count = min(2**20, array.size - start)
+        place = array.offset + start * array.itemsize
+        values = np.fromfile(array.filename, array.dtype, count, offset=place)  # the map itself stays unread
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            order = "C" if array.flags.c_contiguous else "F"
+            index = np.unravel_index(start + bad[0], array.shape, order)
+            text = ", ".join(str(i) for i in index)
+            raise DataError(f"{path}: {name}[{text}] is {values[bad[0]]}: numbers are wanted")
+
+
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # what a test split is called, the best first
+
 
 def open_pack(path, split, size, frames):
-    """`images` (M, H, W[, C]) or `videos` (M, F, H, W, C), uint8, C = 1 or 3; optional labels, captions and
-    class_names. With splits: train_images, test_labels ...; JPEG streams may stand for images."""
-    pack, own = arrays(path), "test_" if split == "test" else "train_"
-    if own + "scan" in pack:  # JPEGs, one header for all
-        head, scan, ends = pack["header"].tobytes(), pack[own + "scan"].tobytes(), pack[own + "offset"]
-        jpegs = [io.BytesIO(head + scan[a:b]) for a, b in zip(ends[:-1], ends[1:])]
-        pack[own + "images"] = packed(own + "jpeg", path, [path], jpegs, 0).transpose(0, 2, 3, 1)
-    kind = next((kind for kind in ("images", "videos") if kind in pack or own + kind in pack), None)
-    need(kind, f"{path}: holds {', '.join(pack)}: no images or videos for split {split}")
-    own = own if own + kind in pack else ""
+    """`images` (M, H, W[, C]) or `videos` (M, F, H, W, C), uint8, C = 1 or 3; labels, captions, class_names.
+
+    With splits: train_images, test_labels ... (or val_, valid_, validation_); JPEG streams (scan, offset, and
+    a header that all share) may stand for images. Without labels there is one class.
+    """
+    pack = open_arrays(path)
+    splits = {}
+    for prefix in ("train", "", *TEST_NAMES):
+        prefix += "_" * bool(prefix)
+        if any(prefix + kind in pack for kind in ("images", "videos", "scan")):
+            splits[prefix] = pack_images(pack, prefix, path, frames)
+    train, *tests = splits or [None]
+    require(train in ("train_", ""), f"{path}: holds {', '.join(pack)}: no images or videos to train on")
+    own = tests[0] if tests and split == "test" else train
+    images = splits[own]
+    labels = pack_labels(pack, own, len(images), path)
+    train_labels = pack_labels(pack, train, len(splits[train]), path)
+    texts = pack.get(own + "captions")
+    fits = len(labels) == len(images) and (texts is None or len(texts) == len(images))
+    require(fits, f"{path}: {own}images {images.shape}: as many labels and captions are wanted")
+    if not tests:
+        rows = held_out(len(images), split, path)
+        images = Rows(images, rows)
+        labels = labels[rows]
+        train_labels = train_labels[held_out(len(train_labels), "train", path)]
+        texts = texts if texts is None else texts[rows]
+    texts = texts if texts is None else texts.tolist()
+    return Data(images, labels, pack.get("class_names"), texts, str(path), train_labels=train_labels)
+
+
+def pack_images(pack, own, path, frames):
+    """The images (M, 3, H, W) or clips (M, F, 3, H, W) of the split whose names begin with `own`: a view."""
+    if own + "scan" in pack:
+        head = pack["header"].tobytes()
+        scan = pack[own + "scan"]
+        ends = pack[own + "offset"].tolist()
+        jpegs = (io.BytesIO(head + scan[a:b].tobytes()) for a, b in zip(ends[:-1], ends[1:]))
+        images = packed(f"{own}jpeg", str(path.absolute()), [path], jpegs, len(ends) - 1, 0)
+        pack = {own + "images": images.transpose(0, 2, 3, 1)}
+    kind = "images" if own + "images" in pack else "videos"
     images = pack[own + kind]
-    about = f"{path}: {kind} {images.dtype} {images.shape}"
+    about = f"{path}: {own}{kind} {images.dtype} {images.shape}"
     if kind == "videos":
-        need(images.ndim == 5 and images.shape[1] >= frames, f"{about}: no clips of {frames} frames")
+        require(images.ndim == 5 and images.shape[1] >= frames, f"{about}: no clips of {frames} frames")
         images = images[:, :frames] if frames > 1 else images[:, 0]
     if images.ndim == 3:
         images = images[..., None]
-    need(images.dtype == np.uint8 and images.ndim == 4 + (frames > 1) and images.shape[-1] in (1, 3),
-         f"{about}: {'clips' if frames > 1 else 'pictures'} in uint8 with 1 or 3 channels, last, are wanted")
-    images = np.moveaxis(np.broadcast_to(images, (*images.shape[:-1], 3)), -1, -3)
-    rows = slice(None) if own else held_out(len(images), split)
-    labels, texts = pack.get(own + "labels", np.zeros(len(images), int)), pack.get(own + "captions", images)
-    need(len(labels) == len(texts) == len(images), f"{about}: as many labels and captions are wanted")
-    texts = texts[rows].tolist() if own + "captions" in pack else None
-    return Data(images[rows], labels[rows], pack.get("class_names"), texts, str(path))
+    wanted, ndim = ("clips", 5) if frames > 1 else ("pictures", 4)
+    fits = images.dtype == np.uint8 and images.ndim == ndim and images.shape[-1] in (1, 3)
+    require(fits, f"{about}: {wanted} in uint8 with 1 or 3 channels, last, are wanted")
+    return np.moveaxis(np.broadcast_to(images, (*images.shape[:-1], 3)), -1, -3)
+
+
+def pack_labels(pack, own, count, path):
+    """labels (M,) of a split; zeros where the pack has none. DataError where they may have another name."""
+    if own + "labels" in pack:
+        return pack[own + "labels"]
+    for name, array in pack.items():
+        likely = array.dtype.kind in "iu" and array.shape in ((count,), (count, 1))
+        require(not likely and "label" not in name, f"{path}: holds {', '.join(pack)}: no {own}labels; "
+                f"name them so, or for one class leave {name} out")
+    return np.zeros(count, int)
+
 
 def open_latents(path, split, size, frames):
-    """`latents` (M, C, h, w) or (M, C, t, h, w), labels; optional logvar, latents_flip, logvar_flip of that
-    shape, class_names and a scalar scale."""
-    pack = arrays(path)
-    mean, *others = (pack.get(name) for name in ("latents", "logvar", "latents_flip", "logvar_flip"))
-    need(mean is not None and "labels" in pack and mean.dtype.kind == "f" and mean.ndim in (4, 5),
-         f"{path}: holds {', '.join(pack)}: latents, floats (M, C, [t,] h, w), and labels (M,) are wanted")
-    need(all(part is None or part.shape == mean.shape for part in others),
-         f"{path}: logvar, latents_flip, logvar_flip must have the shape of latents, {mean.shape}")
-    scale = float(pack.get("scale", 1))
+    """`latents` (M, C, h, w) or (M, C, t, h, w), labels; optional class_names, scale (a number or one a
+    channel), and logvar, latents_flip, logvar_flip of the latents' shape. NaN or infinity is a DataError."""
+    pack = open_arrays(path)
+    names = ("latents", "logvar", "latents_flip", "logvar_flip")
+    mean, *others = parts = [pack.get(name) for name in names]
+    fits = mean is not None and "labels" in pack and mean.dtype.kind == "f" and mean.ndim in (4, 5)
+    wanted = "latents, floats (M, C, [t,] h, w), and labels (M,) are wanted"
+    require(fits, f"{path}: holds {', '.join(pack)}: {wanted}")
+    fits = all(part is None or part.shape == mean.shape for part in others)
+    require(fits, f"{path}: {', '.join(names[1:])} must have the shape of latents, {mean.shape}")
+    scale = np.ravel(pack.get("scale", 1.0))
+    fits = scale.dtype.kind in "fiu" and len(scale) in (1, mean.shape[1]) and np.isfinite(scale).all()
+    fits = fits and scale.all()
+    require(fits, f"{path}: scale {scale}: one number, or one a channel, finite and not 0, is wanted")
+    if len(scale) == 1:
+        scale = scale.item()
+    else:
+        scale = torch.tensor(scale).float().view(-1, *[1] * (mean.ndim - 2))
+
+    def check(out):
+        for name, part in zip(names, parts):
+            if part is not None:
+                check_finite(part, path, name)
+
+    if mean.nbytes < 2**24:
+        check(None)
+    else:  # an empty file in the cache says that this state of the file is known to be good
+        files = sorted({Path(part.filename) for part in parts if part is not None})
+        cached(path.name + ".checked", str(path.absolute()), files, check, Path)
     return Data(mean, pack["labels"], pack.get("class_names"), None, str(path), True, *others, scale)
+
 
 # --- Folders of pictures -------------------------------------------------------
 
-def open_folder(path, split, size, frames):
-    """PATH/CLASS/*.jpg, .jpeg, .png; or PATH/train/CLASS/... beside PATH/test or PATH/val."""
-    names = ("test", "val") if split == "test" else ("train",)
-    own = next((path / name for name in names if (path / name).is_dir()), None)
-    root, endings = own or path, (".jpg", ".jpeg", ".png")
-    files = sorted(file for file in root.glob("*/*") if file.suffix.lower() in endings)
-    need(files and frames == 1, f"{root}: stills in CLASS/*.jpg, *.jpeg, *.png are wanted; clips come in npz")
-    classes, labels = np.unique([file.parent.name for file in files], return_inverse=True)
-    rows = np.arange(len(files)) if own else held_out(len(files), split)
-    files = [files[i] for i in rows]
-    images = packed(root.name, (root, size, split == "test"), files, files, size)
-    return Data(images, labels[rows], classes, None, str(path))
-
-def packed(name, key, files, sources, size):
-    """The pictures in `sources` as one memory-mapped array (M, 3, H, W), decoded once into a file of CACHE.
-
-    Its name says what it holds and the state (size, time) of the `files` it was made from: a changed folder
-    gets another one, and the old one goes.
-    """
-    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    what, when = (hashlib.sha256(str(value).encode()).hexdigest()[:12] for value in (key, state))
-    path, shape = CACHE / f"{name}-{what}-{when}.npy", None
-    if not path.exists():
-        with whole(path) as out:
-            images = tqdm(decoded(sources, size), f"packing {name}", len(sources), disable=None)
-            for source, image in zip(sources, images):
-                if shape is None:
-                    shape = image.shape
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(sources), *shape)}
-                    np.lib.format.write_array_header_1_0(out, header)
-                need(image.shape == shape, f"{source}: mixed image sizes {shape}, {image.shape}: scale them")
-                out.write(image.tobytes())
-        for old in set(CACHE.glob(f"{name}-{what}-*.npy")) - {path}:
-            old.unlink()
-    return np.load(path, mmap_mode="r")
-
-def decoded(sources, size):
-    """Yield pictures as uint8 RGB (3, H, W); unless size is 0, scaled and the centre cut out."""
+def pillow():
+    """Pillow's modules Image and ImageOps, which requirements.txt does not name."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise DataError("JPEG and PNG files need Pillow: pip install pillow") from None
+        raise DataError("pictures in files need Pillow: pip install pillow") from None
+    return Image, ImageOps
+
+
+@functools.cache
+def endings():
+    """The endings (".png" ...) of the files that Pillow decodes."""
+    Image, _ = pillow()
+    formats = Image.registered_extensions()
+    unread = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these, but cannot decode them
+    return {ending for ending, name in formats.items() if name in {*Image.OPEN, "MPO"} - unread}
+
+
+def find_pictures(path):
+    """The pictures below a folder at any depth, as tuples of names, in their order; a count of what is not.
+
+    Links to other folders are followed. Hidden files and folders are left out.
+    """
+    def stop(error):
+        raise error
+
+    pictures = []
+    left = Counter()
+    for where, folders, files in os.walk(path, onerror=stop, followlinks=True):
+        for names in (folders, files):
+            visible = [name for name in names if not name.startswith(".")]
+            left["hidden"] += len(names) - len(visible)
+            names[:] = visible
+        # a link to a folder that it lies in would never end
+        here = Path(where).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(where, name).resolve())]
+        for name in files:
+            ending = Path(name).suffix.lower()
+            if ending in endings():
+                pictures.append((*Path(where).relative_to(path).parts, name))
+            else:
+                left[f"of type {ending or 'unknown'}"] += 1
+    return sorted(pictures), left
+
+
+def arranged(path, pictures):
+    """Which pictures train and which test: two lists of (class, picture); the second is None for no split.
+
+    A split is a folder of class folders, train/CLASS/... beside test/CLASS/... (or val, valid, validation);
+    a folder of that name which holds pictures is a class. Pictures without any class folder are one class.
+    """
+    splits = {}
+    for picture in pictures:
+        if len(picture) > 2:
+            splits.setdefault(picture[0].lower(), []).append((picture[1], picture))
+    test = next((splits[name] for name in TEST_NAMES if name in splits), None)
+    if "train" in splits:
+        return splits["train"], test
+    labelled = [(picture[0], picture) for picture in pictures if len(picture) > 1]
+    require(not test or len(test) < len(labelled), f"{path}: a test split, but no train/CLASS/... beside it")
+    return labelled or [(path.name, picture) for picture in pictures], None
+
+
+def open_folder(path, split, size, frames):
+    """PATH/CLASS/..., or PATH/train/CLASS/... beside PATH/test or PATH/val, or PATH/NAME.png ...: one class.
+
+    Every file type that Pillow reads, at any depth below the class. What is left out is said, with a count.
+    """
+    with reading(path):
+        pictures, left = find_pictures(path)
+    fits = pictures and frames == 1
+    require(fits, f"{path}: stills in CLASS/*.jpg, *.png ... are wanted; clips come in npz")
+    train, test = arranged(path, pictures)
+    left["outside the class folders"] = len(pictures) - len(train) - len(test or ())
+    text = ", ".join(f"{count} {what}" for what, count in left.items() if count)
+    if text:
+        say(f"{path}: left out: {text}")
+    if test is None:
+        test = [train[i] for i in held_out(len(train), "test", path)] if split == "test" else []
+        train = [train[i] for i in held_out(len(train), "train", path)]
+    classes = sorted({name for name, _ in train})
+    chosen = test if split == "test" else train
+    for name, _ in chosen:
+        require(name in classes, f"{path}: class {name} is in the test split, but none of train's")
+    labels = np.array([classes.index(name) for name, _ in chosen])
+    files = [path.joinpath(*picture) for _, picture in chosen]
+    key = (str(path.absolute()), size, split == "test")
+    images = packed(path.name, key, files, files, len(files), size)
+    return Data(images, labels, classes, None, str(path))
+
+
+def packed(name, key, files, sources, count, size):
+    """`count` pictures from `sources` as one memory-mapped array (M, 3, H, W), decoded once into the cache.
+
+    The `files` are those they come from. The way to RGB is part of the key: when it changes, so do packs.
+    """
+    def write(out):
+        shape = None
+        for source, image in tqdm(decoded(sources, size), f"packing {name}", count, disable=None):
+            if shape is None:  # the head of a .npy file; behind it the images, one by one
+                shape = image.shape
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+                np.lib.format.write_array_header_1_0(out, header)
+            require(image.shape == shape, f"{source}: mixed image sizes {shape}, {image.shape}: scale them")
+            out.write(image.tobytes())
+
+    recipe = inspect.getsource(rgb) + inspect.getsource(eight_bits)
+    return cached(f"{name}.npy", (key, recipe), files, write, functools.partial(np.load, mmap_mode="r"))
+
+
+def decoded(sources, size):
+    """Yield (source, picture as uint8 RGB (3, H, W)); unless size is 0, scaled and the centre cut out.
+
+    A source is a path or an open file. Of an animation or several pages the first counts.
+    """
+    Image, ImageOps = pillow()
 
     def picture(source):
         with reading(source), Image.open(source) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(ImageOps.fit(image, (size, size)) if size else image).transpose(2, 0, 1)
+            image = rgb(image, source)
+            if size:
+                image = ImageOps.fit(image, (size, size))
+            return np.asarray(image).transpose(2, 0, 1)
 
+    sources = iter(sources)
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(sources), 256):
-            yield from pool.map(picture, sources[start:start + 256])
+        while block := list(itertools.islice(sources, 256)):
+            yield from zip(block, pool.map(picture, block))
+
+
+def rgb(image, about):
+    """An open picture of any of Pillow's modes as 8-bit RGB, upright; what is transparent lies on white."""
+    Image, ImageOps = pillow()
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    clear = image.info.get("transparency")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        grey = eight_bits(values, sixteen, about)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if clear is not None or image.mode in ("LA", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def eight_bits(values, sixteen, about):
+    """Numbers (H, W) of more than 8 bits as uint8. DataError where they are not finite or exceed 16 bits.
+
+    Full scale is 65535 for `sixteen` bits. Other files do not say theirs: it is the first of 1 (for floats
+    alone), 255 and 65535 that no number exceeds.
+    """
+    for row, column in np.argwhere(~np.isfinite(values))[:1]:
+        raise DataError(f"{about}: pixel [{row}, {column}] is {values[row, column]}: numbers are wanted")
+    low = values.min()
+    high = values.max()
+    require(low >= 0 and high <= 65535, f"{about}: values {low} to {high}: 8 or 16 bits from 0 up are read")
+    top = 65535
+    if high <= 255 and not sixteen:
+        top = 255
+    if high <= 1 and values.dtype.kind == "f":
+        top = 1
+    return np.rint(values * (255 / top)).astype(np.uint8)
+
 
 # --- Text: WordPiece and GLUE --------------------------------------------------
 
 HAN = ("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
        "\U0002f800-\U0002fa1f]")
 
-@functools.lru_cache(maxsize=None)
+
+@functools.cache
 def spaced(char, cased):
     """BERT's view of a character: Chinese, punctuation stand alone; controls vanish, accents unless cased."""
     kind = unicodedata.category(char)
-    if char == "\ufffd" or kind in ("Cc", "Cf", "Mn")[:3 - cased] and char not in "\t\n\r":
+    gone = kind in ("Cc", "Cf") or (kind == "Mn" and not cased)
+    if char == "\ufffd" or (gone and char not in "\t\n\r"):
         return ""
-    alone = re.match(HAN, char) or kind[0] == "P" or "!" <= char <= "~" and not char.isalnum()
-    return f" {char} " if alone else char
+    symbol = "!" <= char <= "~" and not char.isalnum()
+    if symbol or kind.startswith("P") or re.match(HAN, char):
+        return f" {char} "
+    return char
 
-def read_vocabulary(path):
-    """{token: id}, and whether the file itself says that case does not count (None: it says nothing).
-
-    vocab.txt: one token a line, its line number is its id. tokenizer.json: what transformers 5 writes.
-    """
-    path = Path(path)
-    with reading(path):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return {token: i for i, token in enumerate(text.split("\n")) if token}, None
-        stored = json.loads(text)
-        model, normalizer = stored["model"], stored.get("normalizer") or {}
-        need(model["type"] == "WordPiece", f"{path}: a {model['type']} vocabulary where WordPiece is wanted")
-        return {str(token): int(i) for token, i in model["vocab"].items()}, normalizer.get("lowercase")
 
 class WordPiece:
-    """BERT's tokenizer. `ids`: a token's id, its line in vocab.txt. Whether case and accents count says
-    do_lower_case in tokenizer_config.json beside that file, or else `cased`."""
+    """BERT's tokenizer (Devlin et al. 2019). `ids`: a token's id, its line in vocab.txt.
+
+    `path` is vocab.txt, or tokenizer.json as newer files have it. Whether case and accents count says
+    do_lower_case in tokenizer_config.json beside that file, or the tokenizer.json itself, or else `cased`.
+    """
+
     def __init__(self, path, cased=False):
-        about = Path(path).with_name("tokenizer_config.json")
-        self.ids, said = read_vocabulary(path)
-        with reading(about):
-            known = json.loads(about.read_text(encoding="utf-8") if about.exists() else "{}")
-        self.cased = not known.get("do_lower_case", not cased if said is None else said)
+        path = Path(path)
+        about = path.with_name("tokenizer_config.json")
+        lower = not cased
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+            if path.suffix == ".json":
+                stored = json.loads(text)
+                model = stored["model"]
+                require(model["type"] == "WordPiece", f"{path}: a vocabulary of {model['type']}, not of WordPiece")
+                self.ids = model["vocab"]
+                lower = (stored.get("normalizer") or {}).get("lowercase", lower)
+            else:
+                self.ids = {token: i for i, token in enumerate(text.split("\n")) if token}
+        if about.exists():
+            with reading(about):
+                lower = json.loads(about.read_text(encoding="utf-8")).get("do_lower_case", lower)
+        self.cased = not lower
         missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - self.ids.keys()
-        need(not missing, f"{path}: no WordPiece vocabulary: lacks {', '.join(sorted(missing))}")
-        self.pieces = functools.lru_cache(maxsize=None)(self.pieces)
+        require(not missing, f"{path}: no WordPiece vocabulary: lacks {', '.join(sorted(missing))}")
+        self.pieces = functools.cache(self.pieces)
 
     def pieces(self, word):
         """Ids of the longest piece that the vocabulary holds, again and again; [UNK] when any part fails."""
-        ids, start = [], 0
+        unknown = [self.ids["[UNK]"]]
+        if len(word) > 100:
+            return unknown
+        ids = []
+        start = 0
         while start < len(word):
-            mark, ends = "##" if start else "", range(len(word), start, -1)
-            end = next((end for end in ends if mark + word[start:end] in self.ids), None)
-            if end is None or len(word) > 100:
-                return [self.ids["[UNK]"]]
+            mark = "##" if start else ""
+            end = len(word)
+            while end > start and mark + word[start:end] not in self.ids:
+                end -= 1
+            if end == start:
+                return unknown
             ids.append(self.ids[mark + word[start:end]])
             start = end
         return ids
 
+    def body(self, text):
+        """The ids of a text, without [CLS] and [SEP]."""
+        if not self.cased:
+            text = unicodedata.normalize("NFD", text.lower())
+        ids = []
+        for word in "".join(spaced(char, self.cased) for char in text).split():
+            ids += self.pieces(word)
+        return ids
+
     def encode(self, text, pair=None, length=None):
         """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP]: lists ids, types (pair 1), mask (padding 0).
-        `length` shortens (the longer text first, at its end) and pads to that many tokens."""
-        bodies = []
-        for body in (text,) if pair is None else (text, pair):
-            body = body if self.cased else unicodedata.normalize("NFD", body.lower())
-            words = "".join(spaced(char, self.cased) for char in body).split()
-            bodies.append([i for word in words for i in self.pieces(word)])
-        while length and sum(map(len, bodies)) + len(bodies) + 1 > length and any(bodies):
-            max(reversed(bodies), key=len).pop()
-        ids, types = [self.ids["[CLS]"]], [0]
+
+        `length` shortens (the longer text first, at its end) and pads to that many tokens.
+        """
+        bodies = [self.body(text)]
+        if pair is not None:
+            bodies.append(self.body(pair))
+        if length:
+            room = max(0, length - 1 - len(bodies))         # beside [CLS] and one [SEP] each
+            while sum(map(len, bodies)) > room:
+                max(reversed(bodies), key=len).pop()
+        ids = [self.ids["[CLS]"]]
+        types = [0]
         for kind, body in enumerate(bodies):
             ids += [*body, self.ids["[SEP]"]]
             types += [kind] * (len(body) + 1)
-        padding = [0] * ((length or 0) - len(ids))
-        return ids + [self.ids["[PAD]"]] * len(padding), types + padding, [1] * len(ids) + padding
+        mask = [1] * len(ids)
+        padding = (length or 0) - len(ids)
+        return ids + [self.ids["[PAD]"]] * padding, types + [0] * padding, mask + [0] * padding
+
 
 def table(path, columns):
     """The rows of a tab-separated file without quoting; row i is line i+1. DataError names a broken line."""
     with reading(path), open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         rows = [line.rstrip("\r\n").split("\t") for line in file]
-    need(rows, f"{path}: is empty")
+    require(rows, f"{path}: is empty")
     for number, row in enumerate(rows, 1):
-        need(len(row) == columns and "\ufffd" not in "".join(row),
-             f"{path}: line {number}: {len(row)} columns where {columns} are wanted, in UTF-8")
+        fits = len(row) == columns and "\ufffd" not in "".join(row)
+        require(fits, f"{path}: line {number}: {len(row)} columns where {columns} are wanted, in UTF-8")
     return rows
+
 
 GLUE = {  # columns of the file, those of the texts, that of the label; the label's values and names in order
     "SST-2": (2, (0,), 1, ("0", "1"), ["negative", "positive"]),
@@ -546,21 +1066,29 @@ GLUE = {  # columns of the file, those of the texts, that of the label; the labe
     "RTE": (4, (1, 2), 3, ("entailment", "not_entailment"), ["entailment", "not_entailment"]),
 }
 
+
 def glue(task, path, split="train"):
     """Texts (pairs of them: MRPC, RTE), labels int64 (M,) and the names of the classes.
 
-    `path` holds TASK/train.tsv and TASK/dev.tsv as GLUE ships them; dev is the test split here.
+    `path` holds TASK/train.tsv and TASK/dev.tsv as GLUE ships them (Wang et al. 2019); dev is the test split
+    here. DataError names a broken line.
     """
-    need(task in GLUE, f"glue:{task}: give one of {', '.join(GLUE)}")
+    require(task in GLUE, f"glue:{task}: give one of {', '.join(GLUE)}")
     columns, places, place, values, names = GLUE[task]
     file = Path(path) / task / ("train.tsv" if split == "train" else "dev.tsv")
-    texts, labels = [], []
-    for number, row in [*enumerate(table(file, columns), 1)][task != "CoLA":]:  # CoLA alone has no header
-        need(row[place] in values and all(row[k].strip() for k in places),
-             f"{file}: line {number}: no text, or label {row[place]!r} not in {values}")
-        texts.append(tuple(row[k] for k in places) if len(places) > 1 else row[places[0]])
+    rows = [*enumerate(table(file, columns), 1)]
+    if task != "CoLA":  # CoLA alone has no header
+        rows = rows[1:]
+    texts = []
+    labels = []
+    for number, row in rows:
+        parts = tuple(row[k] for k in places)
+        fits = row[place] in values and all(part.strip() for part in parts)
+        require(fits, f"{file}: line {number}: no text, or label {row[place]!r} not in {values}")
+        texts.append(parts if len(parts) > 1 else parts[0])
         labels.append(values.index(row[place]))
     return texts, np.array(labels), names
+
 
 # --- Text: translation ---------------------------------------------------------
 
@@ -596,30 +1124,75 @@ NUMERALS = {
             (r"\+(?!tekau)(\w+)$", r" mā \1")]),
 }
 
+MOST = 10_000  # numbers from 0 to 9,999 have words
+
+
 def number_words(language, n):
     """n (0..9999) in words: number_words("vi", 1015) = "một nghìn không trăm mười lăm"."""
-    _, digits, *powers, rules = NUMERALS[language]
-    digits, parts = digits.split(), []
-    for power, pattern in zip((1000, 100, 10), reversed(powers)):
+    require(0 <= n < MOST, f"{n}: words are known for 0 to {MOST - 1}")
+    _, digits, tens, hundred, thousand, rules = NUMERALS[language]
+    digits = digits.split()
+    parts = []
+    for power, pattern in ((1000, thousand), (100, hundred), (10, tens)):
         digit = n // power % 10
-        words = pattern.replace("*", digits[digit]) if "*" in pattern else pattern.split()[digit - 1]
-        if n >= power and n % (10 * power):
-            parts.append(words if digit else "0")
-    text = "+".join(parts + [digits[n % 10]] * (n % 10 > 0 or n == 0))
+        if n < power or n % (10 * power) == 0:
+            continue
+        if digit == 0:
+            parts.append("0")
+        elif "*" in pattern:
+            parts.append(pattern.replace("*", digits[digit]))
+        else:
+            parts.append(pattern.split()[digit - 1])
+    if n % 10 or n == 0:
+        parts.append(digits[n % 10])
+    text = "+".join(parts)
     for old, new in rules:
         text = re.sub(old, new, text)
     return text.replace("0+", "").replace("+", " ")
 
+
 @dataclass
 class Pairs:
     """Sentences and their translations as ids of one vocabulary for all languages, 0 after the end."""
+
     source: np.ndarray      # int64 (M, S): <2xx>, the tag of the language wanted; words; <end>
     target: np.ndarray      # int64 (M, T): <start>, words, <end>
     direction: np.ndarray   # int64 (M,): position in directions
     directions: list        # (from, to)
     vocabulary: Vocabulary
+    name: str = ""          # as --data has it
+    kind = "pairs"
 
-def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit=10000, tests=100):
+    def __len__(self):
+        return len(self.source)
+
+    def summary(self):
+        """What it holds, in words: "7200 pairs, 90 directions"."""
+        return f"{len(self)} pairs, {len(self.directions)} directions"
+
+
+def parse_limit(text):
+    """How many numbers `numbers:TEXT` means, all for no text: an int from 2 to 10,000, or a DataError."""
+    text = str(text) or str(MOST)
+    fits = re.fullmatch(r"[0-9]{1,5}", text) and 2 <= int(text) <= MOST
+    require(fits, f"numbers:{text}: give 2 to {MOST}: words are known for 0 to {MOST - 1}")
+    return int(text)
+
+
+def number_rows(split, languages, limit, tests):
+    """Rows (from, to, source, target) of a split, and all texts that may occur."""
+    words = {language: [number_words(language, n) for n in range(limit)] for language in languages}
+    for_tests = uniform(np.arange(limit), 0) < 0.1
+    numbers = np.flatnonzero(for_tests == (split == "test"))
+    rows = []
+    for k, (a, b) in enumerate(itertools.permutations(languages, 2), 1):
+        count = tests if split == "test" else min(NUMERALS[a][0], NUMERALS[b][0])
+        chosen = numbers[np.argsort(uniform(numbers, k))[:count]]
+        rows += [(a, b, words[a][n], words[b][n]) for n in chosen]
+    return rows, [text for texts in words.values() for text in texts]
+
+
+def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit=MOST, tests=100):
     """Pairs for one model that translates between all languages: number words, or the sentences of a file.
 
     Numbers lie below `limit`. A tenth is test, the same in all directions, trained on in none, `tests` of it
@@ -627,26 +1200,27 @@ def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit
     to, source, target, tabs between; every tenth is test; words its training rows lack are <unknown>. A token
     is a word: a number has ten at most, where spelling would take 60 steps of decoding and a long training.
     """
+    name = f"numbers:{limit}"
     if path is None:
-        words = {language: [number_words(language, n) for n in range(limit)] for language in languages}
-        numbers, rows = np.flatnonzero((uniform(np.arange(limit), 0) < 0.1) == (split == "test")), []
-        for k, (a, b) in enumerate(itertools.permutations(languages, 2), 1):
-            count = tests if split == "test" else min(NUMERALS[a][0], NUMERALS[b][0])
-            chosen = numbers[np.argsort(uniform(numbers, k))[:count]]
-            rows += [(a, b, words[a][n], words[b][n]) for n in chosen]
-        known = [text for texts in words.values() for text in texts]
+        rows, known = number_rows(split, languages, parse_limit(limit), tests)
+        require(rows, f"{name}: too few rows: none in split {split}")
     else:
-        rows = table(path, 4)
-        languages = sorted({language for row in rows for language in row[:2]})
-        known = [text for i in held_out(len(rows), "train") for text in rows[i][2:]]
-        rows = [rows[i] for i in held_out(len(rows), split)]
-    need(rows, f"{path or 'numbers'}: too few rows: none in split {split}")
+        name = f"tsv:{path}"
+        table_rows = table(path, 4)
+        languages = sorted({language for row in table_rows for language in row[:2]})
+        known = [text for i in held_out(len(table_rows), "train", path) for text in table_rows[i][2:]]
+        rows = [table_rows[i] for i in held_out(len(table_rows), split, path)]
     tags = [f"<2{language}>" for language in languages]
     vocabulary = Vocabulary(dict.fromkeys([*tags, *split_words(" ".join(known))]))
-    encode = functools.lru_cache(maxsize=None)(vocabulary.encode)
+    encode = functools.cache(vocabulary.encode)
     source = [[vocabulary.ids[f"<2{row[1]}>"], *encode(row[2]), 2] for row in rows]
     target = [[1, *encode(row[3]), 2] for row in rows]
-    source, target = (np.array([*itertools.zip_longest(*ids, fillvalue=0)]).T for ids in (source, target))
-    directions = sorted({(row[0], row[1]) for row in rows})
-    direction = np.array([directions.index((row[0], row[1])) for row in rows])
-    return Pairs(source, target, direction, directions, vocabulary)
+    ways = [(row[0], row[1]) for row in rows]
+    directions = sorted(set(ways))
+    direction = np.array([directions.index(way) for way in ways])
+    return Pairs(padded(source), padded(target), direction, directions, vocabulary, name)
+
+
+def padded(rows):
+    """Lists of ids as one array (M, the longest), 0 behind each."""
+    return np.array([*itertools.zip_longest(*rows, fillvalue=0)]).T

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import json
 import math
 import pickle
 import re
@@ -18,6 +19,7 @@ import data
 from tests import shared
 
 MASK = 2**64 - 1
+DECODED = data.decoded
 
 
 @pytest.fixture(autouse=True)
@@ -270,24 +272,24 @@ OBJECT = (rf"a ({'|'.join(data.SIZES)}) ({'|'.join(data.COLOURS)}) ({'|'.join(da
 
 
 def parsed(caption):
-    """caption_ids of a caption, and the directions, read from its words alone."""
+    """(size, colour, shape, place) of each object, the background and the directions, read from words alone."""
     body, ground = re.fullmatch(r"(.*) on a (\w+) background", caption).groups()
     assert re.fullmatch(rf"{OBJECT}(?:(?:, {OBJECT})* and {OBJECT})?", body), body
     found = re.findall(OBJECT, body)
-    ids = [-1] * 16
-    for j, names in enumerate(found):
-        tables = (data.SIZES, [*data.COLOURS], data.SHAPES, data.PLACES)
-        ids[4 * j:4 * j + 4] = [table.index(name) for table, name in zip(tables, names)]
-    return ids + [[*data.GROUNDS].index(ground)], [names[4] for names in found]
+    tables = (data.SIZES, [*data.COLOURS], data.SHAPES, data.PLACES)
+    ids = [[table.index(name) for table, name in zip(tables, names)] for names in found]
+    return ids, [*data.GROUNDS].index(ground), [names[4] for names in found]
 
 
 @pytest.mark.parametrize("frames", [1, 8])
 def test_captions_parse_back_to_the_scene(frames):
     index, options = np.arange(300), dict(objects=(1, 4), mixed=True, frames=frames)
-    texts, ids, scene = (make(index, **options) for make in (data.captions, data.caption_ids, data.scenes))
-    for i, text in enumerate(texts):
-        read, directions = parsed(text)
-        assert read == ids[i].tolist() and len(directions) == scene["count"][i]
+    scene = data.scenes(index, **options)
+    for i, text in enumerate(data.captions(index, **options)):
+        read, ground, directions = parsed(text)
+        shown = np.stack([scene[key][i] for key in ("size", "colour", "shape", "place")], 1)
+        assert read == shown[:len(read)].tolist() and (shown[len(read):] == -1).all()
+        assert ground == scene["background"][i] and len(directions) == len(read) == scene["count"][i]
         for j, direction in enumerate(directions):
             vx, vy = scene["vx"][i, j], scene["vy"][i, j]
             steepest = max(dict(up=-vy, down=vy, left=-vx, right=vx).items(), key=lambda pair: pair[1])[0]
@@ -336,6 +338,35 @@ def test_open_shapes():
     assert len(data.open_data("shapes", size=8)) == 20000
 
 
+def test_pixels_are_the_same_bits_for_every_value():
+    values = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    found = data.Data(values, np.zeros(1, int))
+    plain = torch.from_numpy(values).float() / 127.5 - 1
+    assert torch.equal(found.pixels([0]).view(torch.int32), plain.view(torch.int32))
+    assert (found.images == np.arange(256).reshape(16, 16)).all()       # what it holds is as it was
+    assert plain.min() == -1 and plain.max() == 1
+
+
+def test_describe_and_require_images(pack):
+    images = np.zeros((540, 1, 2, 2), np.uint8)
+    train = data.Data(images, np.arange(540) % 2, ["a", "b"], name="folder:x")
+    test = data.Data(images[:60], np.zeros(60, int), ["a", "b"], name="folder:x")
+    assert data.describe({"train": train, "test": test}) == "540 images, 2 classes (a, b), test 60"
+    assert data.describe({"test": test}) == "60 images, 2 classes (a, b)"
+    many = data.Data(images, np.arange(540), name="x")
+    assert data.describe({"train": many}) == "540 images, 540 classes (0, 1, 2, ..., 539)"
+    latents = data.Data(images.astype(np.float32), np.zeros(540, int), latent=True)
+    assert data.describe({"train": latents}) == "540 latents, 1 class (0)"
+    few = data.Data(images[:3], np.zeros(3, int), name="folder:x")
+    data.require_images(few, "test", 3, "FID")
+    refused("test split of folder:x: 3 images; FID needs 10", data.require_images, few, "test", 10, "FID")
+    pairs = data.translation_pairs(languages=("en", "mi"), limit=100)
+    assert data.describe({"train": pairs}) == f"{len(pairs)} pairs, 2 directions" and len(pairs) == len(pairs.source)
+    refused("train split of numbers:100: ", data.require_images, pairs, "train", 10**6, "an epoch")
+    spec = pack()
+    assert data.open_data(spec, size=4).name == spec
+
+
 @pytest.fixture
 def pack(tmp_path):
     """write(**arrays) -> the spec of a pack with 20 pictures, changed by these arrays (None: left out)."""
@@ -353,7 +384,7 @@ def test_packs(pack, save, tmp_path):
     texts = np.array([f"text {i}" for i in range(20)])
     spec = pack(save=save, class_names=np.array(["a", "b", "c"]), captions=texts)
     train, test, judge = (data.open_data(spec, split, 4) for split in ("train", "test", "judge"))
-    assert len(train) == 18 and (judge.images == train.images).all()
+    assert len(train) == 18 and (judge.images[:] == train.images[:]).all()
     assert test.captions == ["text 9", "text 19"]
     assert train.classes == ["a", "b", "c"] and train.images.shape == (18, 3, 4, 4)
     source = np.load(tmp_path / "pack.npz")["images"]
@@ -362,7 +393,7 @@ def test_packs(pack, save, tmp_path):
     assert data.open_data(spec, size=0).images.shape == (18, 3, 4, 4)   # size 0: whatever it is
     split = pack(test_images=source[:5], test_labels=np.arange(5), train_images=source[5:],
                  train_labels=np.arange(15), images=None, labels=None)
-    assert len(data.open_data(split, size=4)) == 15 and data.open_data(split, "test", 4).classes == [*"01234"]
+    assert len(data.open_data(split, size=4)) == 15 and data.open_data(split, "test", 4).classes == [str(k) for k in range(15)]
 
 
 def test_grey_and_unlabelled_pictures(pack):
@@ -393,6 +424,50 @@ def test_an_unzipped_pack_is_memory_mapped(tmp_path):
     assert isinstance(found.mean, np.memmap) and found.latents([0], [True], None).shape == (1, 2, 3, 3)
 
 
+def test_labels_with_gaps_are_classes_of_their_own(pack):
+    labels = np.array([207, 7, 107] * 6 + [7, 207])
+    train, test = (data.open_data(pack(labels=labels), split, 4) for split in ("train", "test"))
+    assert train.classes == test.classes == ["7", "107", "207"]
+    assert train.labels[:4].tolist() == [2, 0, 1, 2] and test.labels.tolist() == [2 * (n == 207) + (n == 107) for n in labels[9::10]]
+    assert [[*rows] for rows in train.by_class] == [[*np.flatnonzero(train.labels == k)] for k in range(3)]
+    many = data.open_data(pack(labels=np.arange(20) % 2 * 10**15), size=4)      # no table of that size
+    assert many.classes == ["0", "1000000000000000"] and len(many.by_class) == 2
+    names = np.array(["a", "b", "c", "d"])
+    named = data.open_data(pack(labels=np.arange(20) % 2 * 2, class_names=names), size=4)
+    assert named.classes == [*"abcd"] and named.labels[:2].tolist() == [0, 2] and len(named.by_class[3]) == 0
+
+
+def test_a_test_split_has_the_class_list_of_train(pack):
+    images = np.zeros((20, 4, 4, 3), np.uint8)
+
+    def write(train, test, **more):
+        return pack(images=None, labels=None, train_images=images[:len(train)], train_labels=np.array(train),
+                    test_images=images[:len(test)], test_labels=np.array(test), **more)
+    spec = write([0, 1, 2, 3], [3, 1])
+    assert data.open_data(spec, "test", 4).classes == [*"0123"] and data.open_data(spec, "test", 4).labels.tolist() == [3, 1]
+    assert data.open_data(write([5, 9], [9]), "test", 4).labels.tolist() == [1]
+    refused("label [4] of the test split is not in train", data.open_data, write([0, 1], [1, 4]), "test", size=4)
+    refused("not in train", data.open_data, pack(labels=np.arange(20) // 19), "test", size=4)
+    for other in ("val", "valid", "validation"):
+        spec = pack(images=None, labels=None, train_images=images[:3], train_labels=np.arange(3),
+                    **{f"{other}_images": images[:2], f"{other}_labels": np.array([2, 1])})
+        assert data.open_data(spec, "test", 4).labels.tolist() == [2, 1] and len(data.open_data(spec, "train", 4)) == 3
+    alone = pack(images=None, labels=None, train_images=images, train_labels=np.arange(20) % 2)
+    assert [len(data.open_data(alone, split, 4)) for split in ("train", "test", "judge")] == [18, 2, 18]
+
+
+@pytest.mark.parametrize("changes,split,key", [
+    (dict(labels=None, y=np.arange(20) % 3), "train", "no labels; name them so, or for one class leave y out"),
+    (dict(labels=None, y=np.arange(20)[:, None]), "train", "holds images, y: no labels"),
+    (dict(labels=None, sublabels=np.array(["a"] * 20)), "train", "leave sublabels out"),
+    (dict(images=None, labels=None, train_images=np.zeros((20, 4, 4, 3), np.uint8), train_labels=np.arange(20) % 3,
+          test_images=np.zeros((4, 4, 4, 3), np.uint8)), "test", "no test_labels"),
+    (dict(images=None, labels=np.arange(20) % 3, train_images=np.zeros((20, 4, 4, 3), np.uint8)), "train", "no train_labels")])
+def test_labels_of_another_name_are_not_one_class(pack, changes, split, key):
+    spec = pack(**changes)
+    assert spec[4:] in refused(key, data.open_data, spec, split, size=4)
+
+
 @pytest.mark.parametrize("changes,options,line", [
     (dict(images=np.zeros((20, 4, 4, 3), np.float32)), {}, "uint8 with 1 or 3 channels"),
     (dict(images=np.zeros((20, 4, 4, 5), np.uint8)), {}, "(20, 4, 4, 5): pictures in uint8"),
@@ -404,7 +479,7 @@ def test_an_unzipped_pack_is_memory_mapped(tmp_path):
     (dict(images=None, videos=np.zeros((20, 3, 4, 4, 3), np.uint8)), dict(frames=4), "no clips of 4 frames"),
     (dict(images=None, videos=np.zeros((20, 4, 4, 3), np.uint8)), {}, "no clips"),
     (dict(images=None), {}, "holds labels: no images or videos"),
-    (dict(images=np.zeros((9, 4, 4, 3), np.uint8), labels=np.zeros(9, int)), dict(split="test"), "0 images"),
+    (dict(images=np.zeros((9, 4, 4, 3), np.uint8), labels=np.zeros(9, int)), dict(split="test"), "split test: 0 of 9"),
     (dict(labels=np.zeros(20)), {}, "labels float64"),
     (dict(labels=np.arange(18)), {}, "as many labels and captions"),
     (dict(captions=np.array(["a"])), {}, "as many labels and captions"),
@@ -412,7 +487,8 @@ def test_an_unzipped_pack_is_memory_mapped(tmp_path):
     (dict(labels=-np.ones(20, int)), {}, "labels int64 (18,)"),
     (dict(class_names=np.array(["a", "b"])), {}, "label 2 but 2 class names"),
     (dict(labels=np.array([{}] * 20)), {}, "allow_pickle"),
-    (dict(images=None, train_images=np.zeros((4, 4, 4, 3), np.uint8)), dict(split="test"), "for split test"),
+    (dict(images=None, labels=None, train_images=np.zeros((4, 4, 4, 3), np.uint8)), dict(split="test"), "split test: 0 of 4"),
+    (dict(images=None, labels=None, test_images=np.zeros((4, 4, 4, 3), np.uint8)), {}, "holds test_images: no images or videos"),
 ])
 def test_broken_packs(pack, changes, options, line):
     spec = pack(**changes)
@@ -495,7 +571,7 @@ def test_latents(latents, names, shape):
 def test_latents_clamp_and_defaults(latents):
     _, found = latents(("logvar",), dtype=np.float32)
     assert found.scale == 1
-    found.logvar[:] = np.array([-1000, 1000])[:, None, None]
+    found.logvar = np.broadcast_to(np.array([-1000, 1000], np.float32)[:, None, None], found.mean.shape)
     z = found.latents([0], [False], torch.ones(1, 2, 3, 3)) - torch.tensor(found.mean[:1])
     assert torch.allclose(z[:, 1], torch.tensor(math.exp(10.0))) and z[:, 0].abs().max() < 1e-6
     _, plain = latents(())
@@ -512,6 +588,79 @@ def test_broken_latents(tmp_path):
             (dict(latents=z, labels=y, latents_flip=z[..., :2]), "must have the shape of latents")):
         np.savez(tmp_path / "z.npz", **arrays)
         assert "z.npz" in refused(line, data.open_data, f"latents:{tmp_path / 'z.npz'}")
+
+
+@pytest.mark.parametrize("scale,want", [
+    (np.float32(0.5), 0.5), (np.array([0.5]), 0.5), (np.array([[[2]]]), 2.0), (np.array([0.5, 4.0]), [0.5, 4.0]),
+    (np.array([0.5, 4.0]).reshape(2, 1, 1), [0.5, 4.0])])
+@pytest.mark.parametrize("shape", [(6, 2, 3, 3), (6, 2, 4, 3, 3)])
+def test_a_scale_is_a_number_or_one_a_channel(latents, scale, want, shape):
+    arrays, found = latents((), shape, np.float32, scale=scale)
+    factor = np.array(want, np.float32).reshape(-1, *[1] * (len(shape) - 2))
+    z = found.latents([4, 1], [False, True], None)
+    assert z.dtype == torch.float32 and (z.numpy() == factor * arrays["latents"][[4, 1]]).all()
+
+
+@pytest.mark.parametrize("scale", [0, np.nan, np.inf, np.array([1, 0.0]), np.ones(3), np.array([]), np.array("x")])
+def test_scales_that_are_none(latents, scale):
+    refused("latents.npz", latents, (), scale=scale)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("name", ["latents", "logvar", "latents_flip", "logvar_flip"])
+def test_the_first_number_that_is_none_is_named(tmp_path, save, name):
+    arrays = {key: np.ones((6, 2, 3, 3), np.float16) for key in ("latents", "logvar", "latents_flip", "logvar_flip")}
+    arrays[name][4, 1, 2, 0] = np.inf
+    arrays[name][5] = np.nan
+    save(tmp_path / "z.npz", labels=np.zeros(6, int), **arrays)
+    line = refused(f"{name}[4, 1, 2, 0] is inf", data.open_data, f"latents:{tmp_path / 'z.npz'}")
+    assert line.startswith(str(tmp_path / "z.npz"))
+
+
+def test_a_large_file_of_latents_is_looked_through_once(tmp_path, cache, monkeypatch):
+    latents = np.ones((1100, 2, 64, 64), np.float16)                    # 18 MB: 17 blocks and a rest
+    path, checks, check = tmp_path / "z.npz", [], data.check_finite
+    np.savez(path, latents=latents, labels=np.zeros(1100, int))
+    monkeypatch.setattr(data, "check_finite", lambda *args: checks.append(1) or check(*args))
+    for _ in range(2):
+        assert len(data.open_data(f"latents:{path}")) == 1100
+    assert len(checks) == 1 and [file.suffix for file in cache.iterdir()] == [".checked"]
+    latents[1090, 1, 63, 5] = np.nan
+    np.savez(path, latents=latents, labels=np.zeros(1100, int))
+    refused("latents[1090, 1, 63, 5] is nan", data.open_data, f"latents:{path}")
+    assert len(checks) == 2
+    folder = tmp_path / "columns"                                       # .npy files, another order of numbers
+    folder.mkdir()
+    np.save(folder / "latents.npy", np.asfortranarray(latents))
+    np.save(folder / "labels.npy", np.zeros(1100, int))
+    refused("latents[1090, 1, 63, 5] is nan", data.open_data, f"latents:{folder}")
+
+
+def memory():
+    """Bytes of this process in memory now, where the system tells."""
+    try:
+        pages = int(open("/proc/self/statm").read().split()[1])
+    except FileNotFoundError:
+        pytest.skip("needs /proc")
+    return pages * 4096
+
+
+@pytest.mark.parametrize("kind", ["latents", "npz"])
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_file_costs_the_memory_of_what_is_read(tmp_path, cache, kind, save):
+    shape, dtype = ((2000, 4, 64, 64), np.float16) if kind == "latents" else ((3000, 64, 64, 3), np.uint8)
+    content = np.broadcast_to(np.arange(shape[0]).astype(dtype)[:, None, None, None], shape)
+    save(tmp_path / "big.npz", labels=np.arange(shape[0]) % 2, **{"latents" if kind == "latents" else "images": content})
+    spec = f"{kind}:{tmp_path / 'big.npz'}"
+    before = memory()
+    found = data.open_data(spec, size=64)
+    assert content.nbytes > 30 * 2**20 and memory() - before < 8 * 2**20
+    rows = np.array([7, 1999, 30])
+    x = found.latents(rows, np.zeros(3, bool), None) if kind == "latents" else found.pixels(rows)
+    assert memory() - before < 12 * 2**20
+    place = rows if kind == "latents" else data.held_out(3000, "train")[rows]
+    want = torch.tensor(content[place, 0, 0, 0].astype(np.float32))
+    assert torch.equal(x[:, 0, 0, 0], want if kind == "latents" else want / 127.5 - 1)
 
 
 # --- CIFAR-10 ------------------------------------------------------------------
@@ -596,7 +745,9 @@ def test_cifar_is_published_where_we_look():
 
 def test_cifar_download(server, cifar, cache):
     check_cifar("cifar10", cifar[1])
-    assert server["asked"] == 1 and [path.name for path in cache.iterdir()] == ["cifar-10-python.tar.gz"]
+    (unpacked,) = cache.glob("cifar10-*.npz")                           # once: then both splits are memory-mapped
+    assert server["asked"] == 1 and {*cache.iterdir()} == {unpacked, cache / "cifar-10-python.tar.gz"}
+    assert not data.open_data("cifar10").images.flags.owndata
 
 
 @pytest.mark.parametrize("mode,line", [("cut", "1000 of"), ("missing", "404"), ("wrong", "is right")])
@@ -632,7 +783,7 @@ def test_cifar_copies(cifar, tmp_path):
              **{f"{part}_labels": labels for part, (images, labels) in parts.items()})
     check_cifar(f"cifar10:{tmp_path / 'copy.npz'}", parts)
     (folder / "data_batch_3").unlink()
-    refused("No such file", data.open_data, f"cifar10:{folder}")
+    refused("lacks data_batch_3", data.open_data, f"cifar10:{folder}")
     (tmp_path / "half.tar.gz").write_bytes(content[:len(content) // 2])
     refused("half.tar.gz: cannot be read", data.open_data, f"cifar10:{tmp_path / 'half.tar.gz'}")
 
@@ -661,11 +812,32 @@ def fake_decoded(sources, size):
     """Stands in for Pillow: 'picture' k is k everywhere, of the side that its file says."""
     for source in sources:
         k, side = map(int, source.read_text().split())
-        yield np.full((3, size or side, size or side), k, np.uint8)
+        yield source, np.full((3, size or side, size or side), k, np.uint8)
+
+
+def put(folder, *names):
+    """Fake pictures of side 4, numbered in this order."""
+    for k, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{k} 4")
+    return folder
+
+
+def numbers(folder, split):
+    """The classes of a folder, and the pairs (number of the picture, label) of a split."""
+    found = data.open_data(f"folder:{folder}", split, 4)
+    return found.classes, [*zip(found.images[:, 0, 0, 0].tolist(), found.labels.tolist())]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def fakes(monkeypatch):
+    """Nothing here needs Pillow."""
+    monkeypatch.setattr(data, "decoded", fake_decoded)
+    monkeypatch.setattr(data, "endings", lambda: {".png", ".jpg", ".webp"})
+
+
+@pytest.fixture
+def folder(tmp_path, fakes):
     """A folder with classes ant (10 pictures), bee (10): fake ones, numbered."""
     for k in range(20):
         path = tmp_path / "pictures" / ("ant", "bee")[k // 10] / f"{k:02}.PNG"
@@ -675,8 +847,7 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_folders(folder, cache, monkeypatch):
-    monkeypatch.setattr(data, "decoded", fake_decoded)
+def test_folders(folder):
     train, test = (data.open_data(f"folder:{folder}", split, 4) for split in ("train", "test"))
     assert train.classes == ["ant", "bee"] and isinstance(train.images, np.memmap) and len(train) == 18
     assert test.images[:, 0, 0, 0].tolist() == [9, 19] and test.labels.tolist() == [0, 1]
@@ -717,7 +888,6 @@ def test_a_pack_that_was_interrupted_is_not_there(folder, cache, monkeypatch):
 
 
 def test_bad_folders(folder, cache, monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "decoded", fake_decoded)
     assert data.open_data(f"folder:{folder}", size=0).images.shape == (18, 3, 4, 4)
     (folder / "bee" / "11.PNG").write_text("11 6")
     line = refused("mixed image sizes", data.open_data, f"folder:{folder}", size=0)
@@ -726,11 +896,10 @@ def test_bad_folders(folder, cache, monkeypatch, tmp_path):
     (tmp_path / "empty").mkdir()
     refused("empty", data.open_data, f"folder:{tmp_path / 'empty'}")
     refused("clips come in npz", data.open_data, f"folder:{folder}", size=4, frames=2)
-    monkeypatch.undo()
-    monkeypatch.setattr(data, "CACHE", cache)
+    monkeypatch.setattr(data, "decoded", DECODED)
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     refused("pip install pillow", data.open_data, f"folder:{folder}", size=5)
-    assert not list(cache.glob("*.part"))
+    assert not list(cache.glob("*.tmp"))
 
 
 def test_a_full_disk_is_one_line(folder, cache, monkeypatch):
@@ -739,8 +908,192 @@ def test_a_full_disk_is_one_line(folder, cache, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data, "decoded", full)
-    refused("No space left on device", data.open_data, f"folder:{folder}", size=4)
-    assert list(cache.iterdir()) == []
+    with pytest.raises(common.UserError, match="No space left on device") as caught:
+        data.open_data(f"folder:{folder}", size=4)
+    assert caught.value.code == 1 and "\n" not in str(caught.value) and list(cache.iterdir()) == []
+
+
+def test_a_folder_of_any_depth_and_type_in_the_order_of_names(tmp_path, fakes, capsys):
+    root = put(tmp_path / "größe und farbe", "b/deep/er/1.webp", "a/2.PNG", "b/1.png", "a/10.jpg", "b/notes.txt",
+               "a/.hidden.png", ".git/x.png", "loose.png", "b/.thumbs/1.png", "a/film.mp4", "a/readme")
+    train = ["a/10.jpg", "a/2.PNG", "b/1.png", "b/deep/er/1.webp"]      # as strings sort; 3, 1, 2, 0 as written
+    assert numbers(root, "train") == (["a", "b"], [(3, 0), (1, 0), (2, 1), (0, 1)]) and len(train) == 4
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(f"{root}: left out: 3 hidden, ")
+    for part in ("1 of type .txt", "1 of type .mp4", "1 of type unknown", "1 outside the class folders"):
+        assert part in said
+    numbers(root, "train")
+    assert capsys.readouterr().out == ""                                # said once
+
+
+def test_splits_of_a_folder_share_the_classes_of_train(tmp_path, fakes, capsys):
+    for name in ("test", "val", "valid", "validation", "Testing"):
+        root = put(tmp_path / name, "train/a/1.png", "train/b/1.png", "train/c/1.png", f"{name}/c/1.png", f"{name}/a/2.png")
+        assert numbers(root, "train") == (["a", "b", "c"], [(0, 0), (1, 1), (2, 2)])
+        assert numbers(root, "test") == (["a", "b", "c"], [(4, 0), (3, 2)])     # one that lacks b
+    put(root, "testing/zebra/1.png")
+    refused("class zebra is in the test split, but none of train's", data.open_data, f"folder:{root}", "test", 4)
+    imagenet = put(tmp_path / "imagenet", "train/a/1.png", "train/b/1.png", "val/b/1.png", "test/1.png", "test/2.png")
+    assert numbers(imagenet, "test") == (["a", "b"], [(2, 1)])
+    assert "2 outside the class folders" in capsys.readouterr().out
+    alone = put(tmp_path / "alone", *(f"train/{'ab'[k // 10]}/{k:02}.png" for k in range(20)))
+    assert numbers(alone, "test") == (["a", "b"], [(9, 0), (19, 1)]) and len(numbers(alone, "train")[1]) == 18
+    refused("no train/CLASS", numbers, put(tmp_path / "val only", "val/a/1.png", "val/b/2.png"), "train")
+
+
+def test_classes_called_train_test_and_val(tmp_path, fakes):
+    root = put(tmp_path / "vehicles", *(f"{name}/{k}.png" for name in ("bus", "train", "test", "val") for k in range(5)))
+    classes, train = numbers(root, "train")
+    assert classes == ["bus", "test", "train", "val"] and len(train) == 18
+    assert numbers(root, "test")[1] == [(14, 1), (19, 3)]               # bus 0..4, train 5..9, test 10..14, val 15..19
+    flat = put(tmp_path / "flat", *(f"{k}.png" for k in range(10)))
+    assert numbers(flat, "train") == (["flat"], [(k, 0) for k in range(9)]) and numbers(flat, "test") == (["flat"], [(9, 0)])
+
+
+def test_nine_pictures_have_no_test_split(tmp_path, fakes, cache):
+    root = put(tmp_path / "nine", *(f"a/{k}.png" for k in range(9)))
+    assert len(numbers(root, "train")[1]) == 9
+    refused("split test: 0 of 9", data.open_data, f"folder:{root}", "test", 4)
+    assert len(list(cache.iterdir())) == 1                              # nothing empty was packed
+
+
+def test_a_class_folder_may_be_a_link(tmp_path, fakes):
+    put(tmp_path / "elsewhere", "1.png", "2.png")
+    put(tmp_path / "linked", "b/3.png")
+    (tmp_path / "linked" / "a").symlink_to(tmp_path / "elsewhere")
+    assert numbers(tmp_path / "linked", "train") == (["a", "b"], [(0, 0), (1, 0), (0, 1)])
+    (tmp_path / "linked" / "b" / "loop").symlink_to(tmp_path / "linked")
+    assert len(numbers(tmp_path / "linked", "train")[1]) == 3           # which ends
+
+
+@pytest.mark.parametrize("cut", [0.9, 0.3, 0.0])
+def test_a_cached_pack_that_was_cut_short_is_made_anew(folder, cache, capsys, cut):
+    whole = data.open_data(f"folder:{folder}", size=4).images.copy()
+    (path,) = cache.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:int(cut * len(content))])
+    capsys.readouterr()
+    assert (data.open_data(f"folder:{folder}", size=4).images == whole).all() and path.read_bytes() == content
+    assert f"{path}: damaged" in capsys.readouterr().out
+
+
+def test_an_unpacked_file_that_was_cut_short_is_made_anew(pack, cache, capsys):
+    spec = pack(save=np.savez_compressed)
+    whole = data.open_data(spec, size=4).images[:]
+    (path,) = cache.iterdir()
+    path.write_bytes(path.read_bytes()[:-30])
+    assert (data.open_data(spec, size=4).images[:] == whole).all()
+    assert "made anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["ä ö/日本 [x]*", "plain"])
+def test_a_checkout_that_cannot_be_written(tmp_path, fakes, monkeypatch, capsys, name):
+    """The cache moves to the system's folder, which is said; what CACHE holds already is used."""
+    root = put(tmp_path / name, "a/1.png", "a/2.png")
+    spare = tmp_path / "system"
+    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: str(spare))
+    kept = numbers(root, "train")
+    access = data.os.access
+    monkeypatch.setattr(data.os, "access", lambda path, mode: path != data.CACHE and access(path, mode))
+    assert numbers(root, "train") == kept and not spare.exists() and "cannot be written" not in capsys.readouterr().out
+    assert data.open_data(f"folder:{root}", size=6).images.shape == (2, 3, 6, 6)
+    assert len(list((spare / "papers-data").iterdir())) == 1
+    assert f"{data.CACHE}: cannot be written" in capsys.readouterr().out
+    spare.joinpath("papers-data").rename(tmp_path / "gone")
+    spare.joinpath("papers-data").write_text("in the way")
+    with pytest.raises((common.UserError, OSError), match="papers-data"):      # the launcher makes one line of both
+        data.open_data(f"folder:{root}", size=6)
+
+
+def test_deep_pictures_are_scaled_not_clipped():
+    """16 bits to 8 without Pillow: every 8-bit value comes back from each way to store it."""
+    value = np.arange(256).reshape(16, 16)
+    for deep, sixteen in ((value * 257, True), (value.astype(">u2") * 257, True), (value / 255, False),
+                          (value.astype(np.float32) / 255, False), (value.astype(np.float32), False),
+                          (value, False), (value * 257, False), (value * 257.0, False)):
+        assert (data.eight_bits(deep, sixteen, "x") == value).all()
+    assert data.eight_bits(np.array([[0, 128, 129, 255]]), True, "x").tolist() == [[0, 0, 1, 1]]   # dark, not stretched
+    bad = value / 255
+    bad[3, 5] = bad[7, 7] = np.nan
+    refused("x: pixel [3, 5] is nan", data.eight_bits, bad, False, "x")
+    for wrong in (-value, value * 300):
+        refused("x: values ", data.eight_bits, wrong, False, "x")
+
+
+MODES = ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "I;16B", "F", "RGBX", "La", "RGBa"]
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_reaches_rgb(mode):
+    from PIL import Image
+    grey = Image.fromarray(np.repeat(np.arange(0, 256, 17, dtype=np.uint8)[None], 4, 0))
+    image = grey.convert("RGB")
+    if mode.startswith("I;16"):
+        image = Image.frombytes(mode, grey.size, (np.asarray(grey).astype(int) * 257).astype(">u2" if mode[-1] == "B" else "<u2").tobytes())
+    elif mode == "LAB":
+        from PIL import ImageCms
+        image = ImageCms.profileToProfile(image, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
+    elif mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
+    else:
+        image = (grey if mode in ("P", "PA") else image).convert(mode)
+    assert image.mode == mode
+    got = np.asarray(data.rgb(image, "x")).astype(int)
+    want = np.asarray(image.convert("L") if mode == "1" else grey)[..., None]
+    assert got.shape == (4, 16, 3) and abs(got - want).max() <= (3 if mode == "LAB" else 2 if mode in ("HSV", "YCbCr") else 0)
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "L", "RGB", "I;16"])
+def test_what_is_transparent_lies_on_white(kind, tmp_path):
+    from PIL import Image
+    clear = np.array([[200, 10]], np.uint8)                             # the right pixel is fully transparent
+    if kind == "RGBA":
+        image, more = Image.fromarray(np.array([[[200, 200, 200, 255], [10, 10, 10, 0]]], np.uint8)), {}
+    elif kind == "LA":
+        image, more = Image.fromarray(np.array([[[200, 255], [10, 0]]], np.uint8), "LA"), {}
+    elif kind == "I;16":
+        image, more = Image.fromarray(clear.astype(np.uint16) * 257), dict(transparency=2570)
+    else:
+        image = Image.fromarray(clear).convert(kind)
+        more = dict(transparency={"P": 10, "L": 10, "RGB": (10, 10, 10)}[kind])
+    image.save(tmp_path / "x.png", **more)
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.mode == kind
+        assert np.asarray(data.rgb(image, "x")).tolist() == [[[200] * 3, [255] * 3]]
+    half = Image.new("RGBA", (1, 1), (100, 0, 0, 128))
+    assert abs(np.asarray(data.rgb(half, "x")).astype(int)[0, 0] - [177, 127, 127]).max() <= 1
+
+
+@pytest.mark.optional
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "bmp", "gif", "tif", "ppm", "tga", "pgm", "jp2", "ico"])
+def test_file_types_that_pillow_reads(tmp_path, ending):
+    from PIL import Image
+    image = Image.fromarray(np.arange(0, 256, dtype=np.uint8).reshape(16, 16))
+    (tmp_path / "p" / "a" / "b c").mkdir(parents=True)
+    image.convert("RGB" if ending not in ("pgm", "gif") else "L").save(tmp_path / "p" / "a" / "b c" / f"x.{ending}")
+    found = data.open_data(f"folder:{tmp_path / 'p'}", size=0)
+    assert found.images.shape == (1, 3, 16, 16) and found.classes == ["a"]
+    assert abs(found.images[0, 0].astype(int) - np.asarray(image)).mean() < 4
+
+
+@pytest.mark.optional
+def test_sixteen_bit_files(tmp_path, cache):
+    from PIL import Image
+    grey = np.arange(256).reshape(16, 16)
+    (tmp_path / "p" / "a").mkdir(parents=True)
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "p" / "a" / "1.png")
+    Image.fromarray((grey * 257).astype(np.uint16)).save(tmp_path / "p" / "a" / "2.tif")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "p" / "a" / "3.tif")
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "p" / "a" / "4.tif")
+    (tmp_path / "p" / "a" / "5.pgm").write_bytes(b"P5 16 16 65535\n" + (grey * 257).astype(">u2").tobytes())
+    images = data.open_data(f"folder:{tmp_path / 'p'}", size=0).images
+    assert images.shape == (5, 3, 16, 16) and (images == grey).all()
+    bad = (grey / 255).astype(np.float32)
+    bad[2, 9] = np.inf
+    Image.fromarray(bad).save(tmp_path / "p" / "a" / "4.tif")
+    assert "4.tif" in refused("pixel [2, 9] is inf", data.open_data, f"folder:{tmp_path / 'p'}", size=0)
 
 
 @pytest.mark.optional
@@ -760,7 +1113,7 @@ def test_pictures_are_scaled_and_cropped(tmp_path, cache):
     assert (grey[0] == grey[2]).all() and grey[0, 0, 9] > 90
     (tmp_path / "p" / "a" / "tall.jpg").write_bytes((tmp_path / "p" / "a" / "tall.jpg").read_bytes()[:400])
     refused("tall.jpg: cannot be read", data.open_data, f"folder:{tmp_path / 'p'}", size=10)
-    assert not list(cache.glob("*.part"))
+    assert not list(cache.glob("*.tmp"))
 
 
 @pytest.mark.optional
@@ -852,6 +1205,20 @@ def test_wordpiece_longest_word(tmp_path):
     path.write_text("[PAD]\r\n[UNK]\r\n[CLS]\r\n[SEP]\r\na\r\n##a\r\n", encoding="utf-8")
     words = data.WordPiece(path)
     assert words.encode("a" * 100)[0] == [2, 4, *[5] * 99, 3] and words.encode("a" * 101)[0] == [2, 1, 3]
+
+
+def test_a_tokenizer_json_is_a_vocabulary_too(tmp_path):
+    vocab = {token: i for i, token in enumerate(CASED)}
+    path = tmp_path / "tokenizer.json"
+    for normalizer, cased in (({"type": "BertNormalizer", "lowercase": False}, True), ({"lowercase": True}, False), (None, False)):
+        path.write_text(json.dumps({"model": {"type": "WordPiece", "vocab": vocab}, "normalizer": normalizer}), encoding="utf-8")
+        assert data.WordPiece(path).encode("The the")[0] == [2, 5 if cased else 6, 6, 3]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert data.WordPiece(path).encode("The the")[0] == [2, 5, 6, 3]
+    path.write_text('{"model": {}}')
+    refused("tokenizer.json: cannot be read", data.WordPiece, path)
+    path.write_text('{"model": {"type": "BPE", "vocab": {}}}')
+    refused("tokenizer.json: a vocabulary of BPE, not of WordPiece", data.WordPiece, path)
 
 
 def test_wordpiece_pairs_padding_and_truncation(pieces):
@@ -1026,6 +1393,15 @@ def test_translation_pairs_of_numbers():
     assert len(low[0]) == 200 and low[0] != low[1]                      # another choice for each direction
 
 
+@pytest.mark.parametrize("limit", [10_001, 20_000, 1, 0, -5, "²", "1e3", "٣٤", "+50", "5 0", 10**30])
+def test_numbers_end_where_words_do(limit):
+    refused(f"numbers:{limit}: give 2 to 10000", data.translation_pairs, limit=limit, languages=("en", "mi"))
+    refused(f"numbers:{limit}: give 2 to 10000", data.parse_limit, limit)
+    assert data.parse_limit("") == data.parse_limit("10000") == 10_000 and data.parse_limit("20") == 20
+    for n in (-1, 10_000):
+        refused(f"{n}: words are known for 0 to 9999", data.number_words, "en", n)
+
+
 def test_high_and_low_resources():
     sizes = [row[0] for row in data.NUMERALS.values()]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] >= 50 * sizes[-1]
@@ -1054,7 +1430,7 @@ def test_translation_pairs_of_a_file(tmp_path):
     path.write_text("de\ten\teins\tone\nde\ten\tzwei\n", encoding="utf-8")
     refused("pairs.tsv: line 2: 3 columns where 4 are wanted", data.translation_pairs, "train", path)
     path.write_text("de\ten\teins\tone\n", encoding="utf-8")
-    refused("none in split test", data.translation_pairs, "test", path)
+    refused("split test: 0 of 1", data.translation_pairs, "test", path)
     path.write_text("")
     refused("pairs.tsv", data.translation_pairs, "train", path)
     refused("absent", data.translation_pairs, "train", tmp_path / "absent")
