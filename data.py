@@ -35,12 +35,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import common
+from common import UserError, require
+
 import numpy as np
 import torch
 from tqdm import tqdm
-
-import common
-from common import UserError, require
 
 CACHE = Path("runs/data")  # downloads, decoded pictures, unpacked arrays: complete or not there at all
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"

@@ -10,13 +10,13 @@ import re
 import tarfile
 import threading
 
-import numpy as np
-import pytest
-import torch
-
 import common
 import data
 from tests import shared
+
+import numpy as np
+import pytest
+import torch
 
 MASK = 2**64 - 1
 DECODED = data.decoded
