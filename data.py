@@ -20,6 +20,7 @@ import inspect
 import io
 import itertools
 import json
+import mmap
 import os
 import pickle
 import re
@@ -409,8 +410,9 @@ class Data:
 
     def pixels(self, index):
         """Images `index` (B,) as float32 in [-1, 1]: v / 127.5 - 1."""
-        images = torch.from_numpy(np.ascontiguousarray(self.images[np.asarray(index)]))
-        return images.float().div_(127.5).sub_(1)  # the one copy in float32, changed in place
+        images = np.ascontiguousarray(self.images[np.asarray(index)])
+        release(self.images)
+        return torch.from_numpy(images).float().div_(127.5).sub_(1)  # one copy, changed in place
 
     def latents(self, index, flip, noise):
         """Latents `index` (B,) as float32: scale * (mean + exp(clamp(logvar, -30, 20) / 2) * noise).
@@ -425,6 +427,8 @@ class Data:
             rows = np.array(plain[index], np.float32)
             if mirrored is not None:
                 rows[flip] = mirrored[index[flip]]
+            release(plain)
+            release(mirrored)
             return torch.from_numpy(rows)
 
         z = chosen(self.mean, self.mean_flip)
@@ -437,30 +441,38 @@ class Data:
 class Rows:
     """Chosen rows of an array in a file, read from it when they are asked for."""
 
-    def __init__(self, array, rows):
-        self.array = array
+    def __init__(self, base, rows):
+        self.base = base
         self.rows = rows
-        self.shape = (len(rows), *array.shape[1:])
-        self.ndim = array.ndim
+        self.shape = (len(rows), *base.shape[1:])
+        self.ndim = base.ndim
         self.size = int(np.prod(self.shape))
-        self.dtype = array.dtype
+        self.dtype = base.dtype
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
         first, *others = index if isinstance(index, tuple) else (index,)
-        return self.array[(self.rows[first], *others)]
+        return self.base[(self.rows[first], *others)]
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self[:], dtype)
+
+
+def release(array):
+    """Unmap what was read of an array in a file: the system maps up to 1 MB around a number, and keeps it."""
+    while hasattr(array, "base"):
+        array = array.base
+    if isinstance(array, mmap.mmap) and hasattr(array, "madvise"):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 def held_out(count, split, about="data"):
     """The positions of a split in data that knows none: every tenth is test. DataError where it is empty."""
     tenth = np.arange(count) % 10 == 9
     rows = np.flatnonzero(tenth == (split == "test"))
-    require(len(rows), f"{about}: split {split}: 0 of {count}: where no test split is given, every tenth is test")
+    require(len(rows), f"{about}: split {split}: 0 of {count}; without its own, test is every tenth")
     return rows
 
 
@@ -986,7 +998,8 @@ class WordPiece:
             if path.suffix == ".json":
                 stored = json.loads(text)
                 model = stored["model"]
-                require(model["type"] == "WordPiece", f"{path}: a vocabulary of {model['type']}, not of WordPiece")
+                fits = model["type"] == "WordPiece"
+                require(fits, f"{path}: a vocabulary of {model['type']}, not of WordPiece")
                 self.ids = model["vocab"]
                 lower = (stored.get("normalizer") or {}).get("lowercase", lower)
             else:
