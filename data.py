@@ -468,11 +468,11 @@ def release(array):
         array.madvise(mmap.MADV_DONTNEED)
 
 
-def held_out(count, split, about="data"):
+def held_out(count, split, about="data", kind="images"):
     """The positions of a split in data that knows none: every tenth is test. DataError where it is empty."""
     tenth = np.arange(count) % 10 == 9
     rows = np.flatnonzero(tenth == (split == "test"))
-    require(len(rows), f"{about}: split {split}: 0 of {count}; without its own, test is every tenth")
+    require(len(rows), f"{about}: split {split}: 0 {kind} of {count}; without its own, test is every tenth")
     return rows
 
 
@@ -729,10 +729,10 @@ def pack_images(pack, own, path, frames):
     """The images (M, 3, H, W) or clips (M, F, 3, H, W) of the split whose names begin with `own`: a view."""
     if own + "scan" in pack:
         head = pack["header"].tobytes()
-        scan = pack[own + "scan"]
+        scan = np.asarray(pack[own + "scan"])
         ends = pack[own + "offset"].tolist()
-        jpegs = (io.BytesIO(head + scan[a:b].tobytes()) for a, b in zip(ends[:-1], ends[1:]))
-        images = packed(f"{own}jpeg", str(path.absolute()), [path], jpegs, len(ends) - 1, 0)
+        jpegs = [(head, scan[a:b]) for a, b in zip(ends[:-1], ends[1:])]
+        images = packed(f"{own}jpeg", str(path.absolute()), [path], jpegs, 0)
         pack = {own + "images": images.transpose(0, 2, 3, 1)}
     kind = "images" if own + "images" in pack else "videos"
     images = pack[own + kind]
@@ -806,10 +806,13 @@ def pillow():
 @functools.cache
 def endings():
     """The endings (".png" ...) of the files that Pillow decodes."""
-    Image, _ = pillow()
-    formats = Image.registered_extensions()
-    unread = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these, but cannot decode them
-    return {ending for ending, name in formats.items() if name in {*Image.OPEN, "MPO"} - unread}
+    try:
+        Image, _ = pillow()
+    except DataError:  # decoding will say so
+        return {".jpg", ".jpeg", ".png"}
+    unread = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # formats that Pillow knows, but cannot decode
+    formats = Image.registered_extensions().items()
+    return {ending for ending, name in formats if name in {*Image.OPEN, "MPO"} - unread}
 
 
 def find_pictures(path):
@@ -881,47 +884,56 @@ def open_folder(path, split, size, frames):
     labels = np.array([classes.index(name) for name, _ in chosen])
     files = [path.joinpath(*picture) for _, picture in chosen]
     key = (str(path.absolute()), size, split == "test")
-    images = packed(path.name, key, files, files, len(files), size)
+    images = packed(path.name, key, files, files, size)
     return Data(images, labels, classes, None, str(path))
 
 
-def packed(name, key, files, sources, count, size):
-    """`count` pictures from `sources` as one memory-mapped array (M, 3, H, W), decoded once into the cache.
+def packed(name, key, files, sources, size):
+    """The pictures in `sources` as one memory-mapped array (M, 3, H, W), decoded once into the cache.
 
     The `files` are those they come from. The way to RGB is part of the key: when it changes, so do packs.
     """
     def write(out):
         shape = None
-        for source, image in tqdm(decoded(sources, size), f"packing {name}", count, disable=None):
+        images = tqdm(decoded(sources, size), f"packing {name}", len(sources), disable=None)
+        for source, image in zip(sources, images):
             if shape is None:  # the head of a .npy file; behind it the images, one by one
                 shape = image.shape
-                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(sources), *shape)}
                 np.lib.format.write_array_header_1_0(out, header)
-            require(image.shape == shape, f"{source}: mixed image sizes {shape}, {image.shape}: scale them")
+            fits = image.shape == shape
+            require(fits, f"{about(source)}: mixed image sizes {shape}, {image.shape}: scale them")
             out.write(image.tobytes())
 
     recipe = inspect.getsource(rgb) + inspect.getsource(eight_bits)
     return cached(f"{name}.npy", (key, recipe), files, write, functools.partial(np.load, mmap_mode="r"))
 
 
-def decoded(sources, size):
-    """Yield (source, picture as uint8 RGB (3, H, W)); unless size is 0, scaled and the centre cut out.
+def about(source):
+    """What errors call a source of a picture: its path."""
+    return source if isinstance(source, Path) else "a JPEG stream"
 
-    A source is a path or an open file. Of an animation or several pages the first counts.
+
+def decoded(sources, size):
+    """Yield pictures as uint8 RGB (3, H, W); unless size is 0, scaled and the centre cut out.
+
+    A source is a path, or the parts of a file's bytes. Of an animation or several pages the first counts.
     """
     Image, ImageOps = pillow()
 
     def picture(source):
-        with reading(source), Image.open(source) as image:
-            image = rgb(image, source)
+        file = source
+        if not isinstance(source, Path):
+            file = io.BytesIO(b"".join(map(bytes, source)))
+        with reading(about(source)), Image.open(file) as image:
+            image = rgb(image, about(source))
             if size:
                 image = ImageOps.fit(image, (size, size))
             return np.asarray(image).transpose(2, 0, 1)
 
-    sources = iter(sources)
     with ThreadPoolExecutor() as pool:
-        while block := list(itertools.islice(sources, 256)):
-            yield from zip(block, pool.map(picture, block))
+        for start in range(0, len(sources), 256):
+            yield from pool.map(picture, sources[start:start + 256])
 
 
 def rgb(image, about):
@@ -999,7 +1011,7 @@ class WordPiece:
                 stored = json.loads(text)
                 model = stored["model"]
                 fits = model["type"] == "WordPiece"
-                require(fits, f"{path}: a vocabulary of {model['type']}, not of WordPiece")
+                require(fits, f"{path}: a {model['type']} vocabulary where WordPiece is wanted")
                 self.ids = model["vocab"]
                 lower = (stored.get("normalizer") or {}).get("lowercase", lower)
             else:
@@ -1221,8 +1233,8 @@ def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit
         name = f"tsv:{path}"
         table_rows = table(path, 4)
         languages = sorted({language for row in table_rows for language in row[:2]})
-        known = [text for i in held_out(len(table_rows), "train", path) for text in table_rows[i][2:]]
-        rows = [table_rows[i] for i in held_out(len(table_rows), split, path)]
+        known = [text for i in held_out(len(table_rows), "train", path, "rows") for text in table_rows[i][2:]]
+        rows = [table_rows[i] for i in held_out(len(table_rows), split, path, "rows")]
     tags = [f"<2{language}>" for language in languages]
     vocabulary = Vocabulary(dict.fromkeys([*tags, *split_words(" ".join(known))]))
     encode = functools.cache(vocabulary.encode)

@@ -479,7 +479,7 @@ def test_labels_of_another_name_are_not_one_class(pack, changes, split, key):
     (dict(images=None, videos=np.zeros((20, 3, 4, 4, 3), np.uint8)), dict(frames=4), "no clips of 4 frames"),
     (dict(images=None, videos=np.zeros((20, 4, 4, 3), np.uint8)), {}, "no clips"),
     (dict(images=None), {}, "holds labels: no images or videos"),
-    (dict(images=np.zeros((9, 4, 4, 3), np.uint8), labels=np.zeros(9, int)), dict(split="test"), "split test: 0 of 9"),
+    (dict(images=np.zeros((9, 4, 4, 3), np.uint8), labels=np.zeros(9, int)), dict(split="test"), "split test: 0 images of 9"),
     (dict(labels=np.zeros(20)), {}, "labels float64"),
     (dict(labels=np.arange(18)), {}, "as many labels and captions"),
     (dict(captions=np.array(["a"])), {}, "as many labels and captions"),
@@ -487,7 +487,7 @@ def test_labels_of_another_name_are_not_one_class(pack, changes, split, key):
     (dict(labels=-np.ones(20, int)), {}, "labels int64 (18,)"),
     (dict(class_names=np.array(["a", "b"])), {}, "label 2 but 2 class names"),
     (dict(labels=np.array([{}] * 20)), {}, "allow_pickle"),
-    (dict(images=None, labels=None, train_images=np.zeros((4, 4, 4, 3), np.uint8)), dict(split="test"), "split test: 0 of 4"),
+    (dict(images=None, labels=None, train_images=np.zeros((4, 4, 4, 3), np.uint8)), dict(split="test"), "split test: 0 images of 4"),
     (dict(images=None, labels=None, test_images=np.zeros((4, 4, 4, 3), np.uint8)), {}, "holds test_images: no images or videos"),
 ])
 def test_broken_packs(pack, changes, options, line):
@@ -812,7 +812,7 @@ def fake_decoded(sources, size):
     """Stands in for Pillow: 'picture' k is k everywhere, of the side that its file says."""
     for source in sources:
         k, side = map(int, source.read_text().split())
-        yield source, np.full((3, size or side, size or side), k, np.uint8)
+        yield np.full((3, size or side, size or side), k, np.uint8)
 
 
 def put(folder, *names):
@@ -953,7 +953,7 @@ def test_classes_called_train_test_and_val(tmp_path, fakes):
 def test_nine_pictures_have_no_test_split(tmp_path, fakes, cache):
     root = put(tmp_path / "nine", *(f"a/{k}.png" for k in range(9)))
     assert len(numbers(root, "train")[1]) == 9
-    refused("split test: 0 of 9", data.open_data, f"folder:{root}", "test", 4)
+    refused("split test: 0 images of 9", data.open_data, f"folder:{root}", "test", 4)
     assert len(list(cache.iterdir())) == 1                              # nothing empty was packed
 
 
@@ -1218,7 +1218,7 @@ def test_a_tokenizer_json_is_a_vocabulary_too(tmp_path):
     path.write_text('{"model": {}}')
     refused("tokenizer.json: cannot be read", data.WordPiece, path)
     path.write_text('{"model": {"type": "BPE", "vocab": {}}}')
-    refused("tokenizer.json: a vocabulary of BPE, not of WordPiece", data.WordPiece, path)
+    refused("tokenizer.json: a BPE vocabulary where WordPiece is wanted", data.WordPiece, path)
 
 
 def test_wordpiece_pairs_padding_and_truncation(pieces):
@@ -1430,7 +1430,7 @@ def test_translation_pairs_of_a_file(tmp_path):
     path.write_text("de\ten\teins\tone\nde\ten\tzwei\n", encoding="utf-8")
     refused("pairs.tsv: line 2: 3 columns where 4 are wanted", data.translation_pairs, "train", path)
     path.write_text("de\ten\teins\tone\n", encoding="utf-8")
-    refused("split test: 0 of 1", data.translation_pairs, "test", path)
+    refused("split test: 0 rows of 1", data.translation_pairs, "test", path)
     path.write_text("")
     refused("pairs.tsv", data.translation_pairs, "train", path)
     refused("absent", data.translation_pairs, "train", tmp_path / "absent")

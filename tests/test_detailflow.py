@@ -1548,7 +1548,7 @@ def packed(path, train, test, side=8):
     g = np.random.default_rng(0)
     arrays = {f"{split}_images": g.integers(0, 256, (M, side, side, 3), dtype=np.uint8)
               for split, M in (("train", train), ("test", test))}
-    np.savez(path, **arrays, train_labels=np.arange(train) % 3, test_labels=np.arange(test) % 3)
+    np.savez(path, **arrays, train_labels=np.arange(train) % 3, test_labels=np.arange(test) % 3, class_names=[*"abc"])
 
 
 class OneSide(torch.nn.Module):
