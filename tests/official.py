@@ -13,9 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-import torch
-
 import common
+
+import torch
 
 
 def read_official(path):
@@ -103,7 +103,7 @@ def renamed(official, names):
 
 ARFLOW = [("x_embedder.proj.", "embed."), ("t_embedder.mlp.", "time."), ("y_embedder.embedding_table.", "label."),
           (".attn.q_proj.", ".attention.q."), (".attn.k_proj.", ".attention.k."), (".attn.v_proj.", ".attention.v."),
-          (".attn.g_proj.", ".attention.z."), (".attn.gt_proj.", ".attention.gate."),
+          (".attn.g_proj.", ".attention.output_gate."), (".attn.gt_proj.", ".attention.decay_gate."),
           (".attn.out_proj.", ".attention.out."), (".mlp.fc1.", ".mlp.0."), (".mlp.fc2.", ".mlp.2."),
           ("final_layer.adaLN_modulation.1.", "modulation."), (".adaLN_modulation.1.", ".modulation."),
           ("final_layer.linear.", "out.")]
@@ -115,10 +115,10 @@ def arflow(official, given):
     ours["latent_scale"] = torch.tensor(0.18215)                        # of the Stable Diffusion VAE
     D, C, p, _ = ours["embed.weight"].shape
     N = official["pos_embed"].shape[1]
-    sines = importlib.import_module("arflow").position_table(round(N ** 0.5), D)
+    sines = importlib.import_module("arflow").sincos_pos_embed(round(N ** 0.5), D)
     common.need(torch.allclose(official["pos_embed"][0].double(), sines, atol=5e-3), "pos_embed: not the sine table")
-    shape = dict(width=D, patch=p, size=p * round(N ** 0.5), heads=len(ours["blocks.0.attention.gate.weight"]),
-                 depth=len([name for name in ours if name.endswith("attention.gate.weight")]))
+    shape = dict(width=D, patch=p, size=p * round(N ** 0.5), heads=len(ours["blocks.0.attention.decay_gate.weight"]),
+                 depth=len([name for name in ours if name.endswith("attention.decay_gate.weight")]))
     return dict(data="latents:official", name="official", **shape) | given, {"ema": ours}
 
 

@@ -1,4 +1,4 @@
-"""ARFlow: the invariants of the digest's section 7, the authors' own numbers, and the command line's promises.
+"""ARFlow: its equations A1 to A22, the authors' own numbers, and the command line's promises.
 
 Oracles are written from the formulas (token loops, masked matrices, closed forms), not from the code under test.
 """
@@ -10,15 +10,15 @@ import json
 import math
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 import arflow
 import common
 from tests import ROOT, official, refused
 from tests.official import arflow as convert_official
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 torch.set_default_dtype(torch.float32)
 
@@ -47,6 +47,13 @@ def core(B=2, n=4, H=2, N=5, d=4, seed=0):
     return q, k / math.sqrt(d), v, l, torch.zeros(B, H, d, d, dtype=torch.float64)
 
 
+def velocity_loss(model, batch, t, noise, drop):
+    """The loss at given draws; it has no parts beside it."""
+    value, losses = arflow.loss(model, batch, {"t": t, "noise": noise, "drop": drop})
+    assert losses == {}
+    return value
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -60,7 +67,7 @@ def sequence(B=2, n=4, C=3, side=6, K=5, seed=1):
 
 
 def token_loop(q, k, v, l, query_decay=True):
-    """A15 to A18 read literally, one number at a time: lists, sums and exponentials only."""
+    """A15, A16, A17 and A18 read literally, one number at a time: lists, sums and exponentials only."""
     B, n, H, N, d = q.shape
     out = torch.zeros_like(q)
     for b in range(B):
@@ -95,7 +102,7 @@ def official_model(dtype):
     model = arflow.ARFlow(cfg, int(golden["cfg_in_channels"]), int(golden["cfg_num_classes"]))
     model.load_state_dict(state["ema"])
     model = model.to(dtype)
-    model.positions = arflow.position_table(cfg.size // cfg.patch, cfg.width).to(dtype)
+    model.pos_embed = arflow.sincos_pos_embed(cfg.size // cfg.patch, cfg.width).to(dtype)
     numbers = {name: torch.from_numpy(golden[name]) for name in golden.files if golden[name].ndim and "/" not in name}
     return model, {name: x.to(dtype) if x.is_floating_point() else x for name, x in numbers.items()}
 
@@ -120,27 +127,28 @@ def test_official_outputs_and_states(dtype, atol):
 
 
 def test_official_embeddings():
+    """A6: the sum of label and time."""
     model, g = official_model(torch.float64)
-    c = model.label(g["y"])[:, None] + model.time(arflow.time_waves(g["t"]))
+    c = model.label(g["y"])[:, None] + model.time(arflow.timestep_embedding(g["t"]))
     torch.testing.assert_close(c, g["cond_c"], atol=1e-6, rtol=0)
     tokens = model.embed(g["x"].flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (2, 5))
     torch.testing.assert_close(tokens, g["tokens"], atol=1e-12, rtol=0)
 
 
-def test_position_table_equals_the_official_one():
-    ours = arflow.position_table(3, 48)
+def test_sincos_pos_embed_equals_the_official_one():
+    ours = arflow.sincos_pos_embed(3, 48)
     torch.testing.assert_close(ours, official_weights()["pos_embed"][0].double(), atol=1e-6, rtol=0)
 
 
-# --- Section 7 of the digest ---------------------------------------------------
+# --- The equations -------------------------------------------------------------
 
-def test_invariant_01_zero_at_initialisation():
+def test_a_new_model_outputs_zero():
     torch.manual_seed(0)
     model = arflow.ARFlow(config(), 3, 5).double()
     x1, t, y = sequence()
     x0 = torch.randn_like(x1)
     assert not model(x1, t, y)[0].any()
-    value = arflow.loss(model, (x1, y), (t, x0, torch.zeros(2, dtype=torch.bool)))
+    value = velocity_loss(model, (x1, y), t, x0, torch.zeros(2, dtype=torch.bool))
     torch.testing.assert_close(value, (x1 - x0).square().mean(), rtol=1e-14, atol=0)
 
 
@@ -160,7 +168,7 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("j", range(4))
-def test_invariant_02_causality(j):
+def test_an_image_changes_nothing_before_it(j):
     model, (x, t, y) = network(), sequence()
     changed = x.clone()
     changed[:, j] += torch.randn(changed[:, j].shape, generator=generator(9))
@@ -170,7 +178,8 @@ def test_invariant_02_causality(j):
 
 
 @pytest.mark.parametrize("query_decay", [True, False])
-def test_invariant_03_loop_equals_matrix_equals_definition(query_decay):
+def test_loop_equals_matrix_equals_definition(query_decay):
+    """A15 to A18, against A19 and against the token loop; outputs and gradients."""
     q, k, v, l, S = core()
     leaves = [x.requires_grad_() for x in (q, k, v, l)]
     weight = torch.randn_like(v)
@@ -185,14 +194,14 @@ def test_invariant_03_loop_equals_matrix_equals_definition(query_decay):
             torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
 
 
-def test_invariant_03_in_float32():
+def test_loop_equals_matrix_in_float32():
     q, k, v, l, S = (x.float() for x in core(N=16, d=8))
     loop, matrix = arflow.hybrid(q, k, v, l, S)[0], arflow.hybrid_matrix(q, k, v, l)
     assert ((loop - matrix).norm() / matrix.norm()).item() < 1e-4
 
 
 @pytest.mark.parametrize("split", [(1, 1, 1, 1), (2, 2), (3, 1), (1, 3)])
-def test_invariant_04_streaming(split):
+def test_streaming_equals_one_pass(split):
     model, (x, t, y) = network(), sequence()
     whole, final = model(x, t, y)
     states, parts = None, []
@@ -203,7 +212,7 @@ def test_invariant_04_streaming(split):
     torch.testing.assert_close(torch.stack(states), torch.stack(final), atol=1e-10, rtol=0)
 
 
-def test_invariant_05_first_image_is_plain_softmax_attention():
+def test_the_first_image_is_plain_softmax_attention():
     q, k, v, l, S = core()
     d = q.shape[-1]
     out = arflow.hybrid(q[:, :1], k[:, :1], v[:, :1], l[:, :1], S)[0]
@@ -213,7 +222,8 @@ def test_invariant_05_first_image_is_plain_softmax_attention():
     torch.testing.assert_close(model(x, t, y)[0][:, :1], model(x[:, :1], t[:, :1], y)[0], atol=1e-12, rtol=0)
 
 
-def test_invariant_06_closed_and_open_gates():
+def test_closed_and_open_gates():
+    """A16: closed gates forget all, open ones keep all."""
     q, k, v, l, S = core()
     closed = arflow.hybrid(q, k, v, torch.full_like(l, -1e4), S)[0]
     torch.testing.assert_close(closed, (q @ k.mT).softmax(-1) @ v, atol=1e-12, rtol=0)
@@ -223,7 +233,8 @@ def test_invariant_06_closed_and_open_gates():
     torch.testing.assert_close(opened, no_decay, atol=1e-14, rtol=0)           # exp(G) = 1
 
 
-def test_invariant_07_one_token_images():
+def test_one_token_images_are_gated_linear_attention():
+    """A17 and A18 with N = 1."""
     q, k, v, l, S = core(N=1)
     out, final = arflow.hybrid(q, k, v, l, S)
     for m in range(q.shape[1]):
@@ -233,7 +244,7 @@ def test_invariant_07_one_token_images():
     torch.testing.assert_close(final, S, atol=1e-12, rtol=0)
 
 
-def test_invariant_08_token_permutations():
+def test_token_permutations():
     q, k, v, l, S = core(N=6)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     past = [x.clone() for x in (q, k, v, l)]
@@ -249,7 +260,8 @@ def test_invariant_08_token_permutations():
     assert moved[True] > 1e-2 and moved[False] < 1e-12
 
 
-def test_invariant_09_the_matrix_from_one_hot_values():
+def test_the_matrix_from_one_hot_values():
+    """A19, element by element: what one-hot values read out is the matrix itself."""
     n, N = 3, 4
     q, k, _, l, _ = core(B=1, n=n, H=1, N=N)
     S = torch.zeros(1, 1, q.shape[-1], n * N, dtype=torch.float64)
@@ -269,7 +281,7 @@ def test_invariant_09_the_matrix_from_one_hot_values():
     torch.testing.assert_close(blocks, torch.ones_like(blocks), atol=1e-12, rtol=0)
 
 
-def test_invariant_10_the_last_gate():
+def test_the_last_gate_touches_its_own_image_alone():
     q, k, v, l, S = core()
     l.requires_grad_()
     out, state = arflow.hybrid(q, k, v, l, S)
@@ -284,7 +296,8 @@ def test_invariant_10_the_last_gate():
     assert not torch.autograd.grad(open_end.sum(), l)[0][:, -1].any()
 
 
-def test_invariant_11_times_are_sorted_uniforms():
+def test_times_are_sorted_uniforms():
+    """A2: ascending, each uniform before sorting. A3: every image has its own noise, which knows no time."""
     class Images:
         classes, latent = ["a"], False
         by_class = [np.arange(20)]
@@ -293,7 +306,8 @@ def test_invariant_11_times_are_sorted_uniforms():
             return torch.zeros(len(index), 1, 1, 1)
 
     cfg = config(images=5, batch=100_000)
-    (x1, y), (t, x0, drop) = arflow.draw(Images(), cfg, 0, torch.device("cpu"))
+    (x1, y), draws = arflow.draw(Images(), cfg, 0, torch.device("cpu"))
+    t, x0, drop = draws["t"], draws["noise"], draws["drop"]
     assert (t[:, 1:] >= t[:, :-1]).all() and x0.shape == (100_000, 5, 1, 1, 1)
     i = torch.arange(1, 6)
     assert ((t.mean(0) - i / 6).abs() < 0.003).all() and ((t.var(0) - i * (6 - i) / 252).abs() < 0.001).all()
@@ -303,7 +317,8 @@ def test_invariant_11_times_are_sorted_uniforms():
     assert (r[:5, :5] - torch.eye(5)).max() < 0.02                              # and each image has its own (A3)
 
 
-def test_invariant_12_path():
+def test_the_path_from_noise_to_data():
+    """A4."""
     x1, t, _ = sequence()
     x0 = torch.randn_like(x1)
     x, u = arflow.interpolate(x1, x0, t)
@@ -317,10 +332,9 @@ def test_invariant_12_path():
 class Gaussian(torch.nn.Module):
     """The exact velocity for data N(0, s^2), and a record of the calls, in the place of the network."""
 
-    def __init__(self, s, side=100, v=None):
+    def __init__(self, s, size=100):
         super().__init__()
-        self.s, self.patch, self.channels, self.classes, self.calls = s, 1, 1, 10, []
-        self.register_buffer("positions", torch.zeros(side * side, 1))
+        self.s, self.size, self.channels, self.classes, self.calls = s, size, 1, 10, []
 
     def forward(self, x, t, y, states):
         self.calls.append((float(t[0, 0]), y.clone(), states))
@@ -328,9 +342,9 @@ class Gaussian(torch.nn.Module):
         return (t * self.s ** 2 - (1 - t)) * x / (t ** 2 * self.s ** 2 + (1 - t) ** 2), [len(self.calls)]
 
 
-def test_invariant_13_drift():
-    """The last step shows the drift alone: it is v + (1 - t) score with score = (t v - x) / (1 - t)."""
-    x, way = arflow.sample(Gaussian(0.7, side=9), torch.zeros(1, dtype=torch.long), generator(0), 4)
+def test_the_drift_is_velocity_and_score():
+    """A21: the last step shows the drift alone, v + (1 - t) score with score = (t v - x) / (1 - t)."""
+    x, way = arflow.sample(Gaussian(0.7, size=9), torch.zeros(1, dtype=torch.long), generator(0), 4)
     before, t = way[-2].double(), 0.96
     v = (t * 0.49 - (1 - t)) * before / (t * t * 0.49 + (1 - t) ** 2)
     score = (t * v - before) / (1 - t)
@@ -338,13 +352,13 @@ def test_invariant_13_drift():
 
 
 @pytest.mark.parametrize("context", ["carry", "reset"])
-def test_invariant_14_time_grid_calls_and_state(context):
-    model = Gaussian(1.0, side=2)
+def test_time_grid_calls_and_state(context):
+    model = Gaussian(1.0, size=2)
     _, way = arflow.sample(model, torch.zeros(1, dtype=torch.long), torch.Generator().manual_seed(0), 6, context=context)
     assert np.allclose([t for t, _, _ in model.calls], np.linspace(0, 0.96, 6), atol=1e-7) and len(way) == 7
     states = [state for _, _, state in model.calls]
     used, twin = generator(0), generator(0)
-    arflow.sample(Gaussian(1.0, side=2), torch.zeros(1, dtype=torch.long), used, 6)
+    arflow.sample(Gaussian(1.0, size=2), torch.zeros(1, dtype=torch.long), used, 6)
     for _ in range(6):                                                          # the start and R - 1 steps
         torch.randn(1, 1, 2, 2, generator=twin)
     assert torch.equal(torch.randn(3, generator=used), torch.randn(3, generator=twin))
@@ -352,7 +366,7 @@ def test_invariant_14_time_grid_calls_and_state(context):
 
 
 def test_sampler_first_and_last_step_by_value():
-    model, y = Gaussian(2.0, side=3), torch.zeros(2, dtype=torch.long)
+    model, y = Gaussian(2.0, size=3), torch.zeros(2, dtype=torch.long)
     x, way = arflow.sample(model, y, torch.Generator().manual_seed(3), 3)
     g = torch.Generator().manual_seed(3)
     start = torch.randn(2, 1, 3, 3, generator=g)
@@ -368,57 +382,58 @@ def test_sampler_first_and_last_step_by_value():
 @pytest.mark.parametrize("calls, s, expected", [
     (250, 1.0, 0.990505), (250, 0.5, 0.244375), (250, 2.0, 3.964509),
     (6, 1.0, 0.839656), (6, 0.5, 0.237264), (6, 2.0, 2.861641)])
-def test_invariant_15_final_variance_of_the_exact_solution(calls, s, expected):
-    x, _ = arflow.sample(Gaussian(s, side=448), torch.zeros(1, dtype=torch.long), generator(calls), calls)
+def test_final_variance_of_the_exact_solution(calls, s, expected):
+    x, _ = arflow.sample(Gaussian(s, size=448), torch.zeros(1, dtype=torch.long), generator(calls), calls)
     assert abs(x.var().item() / expected - 1) < 0.02
 
 
 @pytest.mark.parametrize("calls, s, expected", [(250, 2.0, 3.964509), (6, 1.0, 0.839656), (6, 0.5, 0.237264)])
-def test_invariant_15_exactly(calls, s, expected, monkeypatch):
+def test_final_variance_exactly(calls, s, expected, monkeypatch):
     """With draw i one-hot at pixel i the sampler is linear in its draws: the squares add up to the variance."""
     count = iter(range(calls))
 
     def one_hot(*shape, **_):
-        shape = shape[0] if isinstance(shape[0], torch.Size) else shape
+        shape = shape[0] if isinstance(shape[0], tuple) else shape
         return F.one_hot(torch.tensor(next(count)), shape[-1] ** 2).double().view(*shape)
 
     monkeypatch.setattr(torch, "randn", one_hot)
-    x, _ = arflow.sample(Gaussian(s, side=16), torch.zeros(1, dtype=torch.long), None, calls)
+    x, _ = arflow.sample(Gaussian(s, size=16), torch.zeros(1, dtype=torch.long), None, calls)
     assert abs(x.square().sum().item() - expected) < 1e-5
 
 
-def test_invariant_16_guidance():
+def test_guidance():
+    """A22: in the first channels alone; equal labels give the label's velocity at any scale."""
     model, (x, _, y) = network(channels=4), sequence(C=4)
     x, null = x[:, 0], torch.full_like(sequence()[2], model.classes)
     t = torch.full((2, 1), 0.3, dtype=torch.float64)
     conditional = model(x[:, None], t, y)[0][:, 0]
     free = model(x[:, None], t, null)[0][:, 0]
-    assert torch.equal(arflow.guide(model, x, 0.3, y, None, 1, 4)[0], conditional)
+    assert torch.equal(arflow.guided_velocity(model, x, 0.3, y, None, 1, 4)[0], conditional)
     for guided in (3, 4):
-        v = arflow.guide(model, x, 0.3, y, None, 2.5, guided)[0]
+        v = arflow.guided_velocity(model, x, 0.3, y, None, 2.5, guided)[0]
         expected = conditional.clone()
         expected[:, :guided] = (free + 2.5 * (conditional - free))[:, :guided]
         torch.testing.assert_close(v, expected, atol=1e-12, rtol=0)
-    same = arflow.guide(model, x, 0.3, null, None, 7.0, 4)[0]
+    same = arflow.guided_velocity(model, x, 0.3, null, None, 7.0, 4)[0]
     torch.testing.assert_close(same, free, atol=1e-12, rtol=0)
 
 
-def test_invariant_17_branches_keep_their_own_states():
+def test_guided_branches_keep_their_own_states():
     model, (x, _, y) = network(), sequence(B=3)
     y, x = torch.tensor([1, 1, 2]), x[:, 0].clone()
     x[1] = x[0]
-    _, states = arflow.guide(model, x, 0.2, y, None, 2.0, 3)
+    _, states = arflow.guided_velocity(model, x, 0.2, y, None, 2.0, 3)
     S = torch.stack(states)                                                     # rows: 3 conditional, 3 free
     assert S.shape[1] == 6
     torch.testing.assert_close(S[:, 0], S[:, 1], atol=1e-12, rtol=0)
     torch.testing.assert_close(S[:, 3], S[:, 4], atol=1e-12, rtol=0)
     assert (S[:, 0] - S[:, 3]).abs().max() > 1e-3
     order = torch.tensor([2, 0, 1])
-    _, moved = arflow.guide(model, x[order], 0.2, y[order], None, 2.0, 3)
+    _, moved = arflow.guided_velocity(model, x[order], 0.2, y[order], None, 2.0, 3)
     torch.testing.assert_close(torch.stack(moved)[:, :3], S[:, :3][:, order], atol=1e-12, rtol=0)
 
 
-def test_invariant_18_each_call_folds_once(monkeypatch):
+def test_each_call_folds_once(monkeypatch):
     """The state after r calls is the fold of A18 over the keys, values and gates of these r calls."""
     model, (x, t, y), seen, states = network(depth=1), sequence(), [], None
     original = arflow.hybrid
@@ -432,7 +447,7 @@ def test_invariant_18_each_call_folds_once(monkeypatch):
     assert len(seen) == 4
 
 
-def test_invariant_18_state_size_is_constant():
+def test_state_size_is_constant():
     model, (x, t, y) = network(depth=3), sequence()
     states = None
     for m in range(4):
@@ -449,15 +464,16 @@ def attention(seed=0, D=32, H=2):
     return module, x, c, torch.zeros(2, H, D // H, D // H, dtype=torch.float64)
 
 
-def test_invariant_19_output_norm_and_scales():
+def test_output_norm_and_scales():
+    """A20: each head has unit scale, so that the scales of q, k and v do not matter."""
     module, x, c, S = attention()
     heads = []
-    handle = module.out.register_forward_pre_hook(lambda _, args: heads.append(args[0] / F.silu(module.z(x))))
+    handle = module.out.register_forward_pre_hook(lambda _, args: heads.append(args[0] / F.silu(module.output_gate(x))))
     before = module(x, c, S)[0]
     handle.remove()
     rms = heads[0].unflatten(-1, (2, 16)).square().mean(-1).sqrt()
     assert (rms - 1).abs().max() < 1e-4
-    for name, changes in (("q", False), ("k", False), ("v", False), ("z", True), ("gate", True), ("out", True)):
+    for name, changes in (("q", False), ("k", False), ("v", False), ("output_gate", True), ("decay_gate", True), ("out", True)):
         for a in (0.5, 2.0):
             scaled = copy.deepcopy(module)
             getattr(scaled, name).weight.data *= a
@@ -465,7 +481,8 @@ def test_invariant_19_output_norm_and_scales():
             assert difference > 1e-3 if changes else difference < 1e-4, name
 
 
-def test_invariant_20_norm_over_the_full_width(monkeypatch):
+def test_norm_over_the_full_width(monkeypatch):
+    """A12: before the heads are split, for v too."""
     module, x, c, S = attention()
     seen = {}
     original = arflow.hybrid
@@ -477,8 +494,8 @@ def test_invariant_20_norm_over_the_full_width(monkeypatch):
         assert (squares - 16).abs().max() > 1                                   # but not d a head
 
 
-def test_attention_module_from_its_formulas():
-    """A11 to A14 and A20 written out token by token, on a small module."""
+def test_attention_from_its_formulas():
+    """A11, A12, A13, A14 and A20 written out token by token, on a small module."""
     torch.manual_seed(0)
     D, H, N, n = 8, 2, 3, 2
     module = arflow.Attention(D, H, True).double()
@@ -486,7 +503,7 @@ def test_attention_module_from_its_formulas():
     rms = lambda y: y / (y.square().mean() + 1e-6).sqrt()
     q, k, v = (torch.stack([torch.stack([rms(f.weight @ x[0, m, i]) for i in range(N)]) for m in range(n)])
                for f in (module.q, module.k, module.v))
-    l = torch.stack([torch.stack([F.logsigmoid(module.gate.weight @ (x[0, m, i] + c[0, m])) / 16 for i in range(N)])
+    l = torch.stack([torch.stack([F.logsigmoid(module.decay_gate.weight @ (x[0, m, i] + c[0, m])) / 16 for i in range(N)])
                      for m in range(n)])                                         # (n, N, H)
     split = lambda y: y.view(n, N, H, D // H).transpose(1, 2)[None]
     o = token_loop(split(q), split(k) / math.sqrt(D // H), split(v), l.transpose(1, 2)[None])
@@ -494,18 +511,19 @@ def test_attention_module_from_its_formulas():
     for m in range(n):
         for i in range(N):
             joined = torch.cat([rms(o[0, m, h, i]) for h in range(H)])
-            z = module.z.weight @ x[0, m, i]
+            z = module.output_gate.weight @ x[0, m, i]
             expected[0, m, i] = module.out.weight @ (joined * z * torch.sigmoid(z))
     ours = module(x, c, torch.zeros(1, H, D // H, D // H, dtype=torch.float64))[0]
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
 
 
-def test_time_waves_positions_and_patches_by_value():
-    waves = arflow.time_waves(torch.tensor([[0.5]], dtype=torch.float64))[0, 0]
+def test_timestep_embedding_positions_and_patches_by_value():
+    """A8, A7 and A10 at single places."""
+    waves = arflow.timestep_embedding(torch.tensor([[0.5]], dtype=torch.float64))[0, 0]
     for j in (0, 1, 127):
         f = 10_000 ** (-j / 128)
         assert math.isclose(waves[j], math.cos(0.5 * f)) and math.isclose(waves[128 + j], math.sin(0.5 * f))
-    table = arflow.position_table(3, 8)                                          # token 5: row 1, column 2
+    table = arflow.sincos_pos_embed(3, 8)                                          # token 5: row 1, column 2
     w = 10_000 ** -0.5
     expected = [math.sin(2), math.sin(2 * w), math.cos(2), math.cos(2 * w), math.sin(1), math.sin(w), math.cos(1), math.cos(w)]
     torch.testing.assert_close(table[5], torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -522,30 +540,30 @@ PUBLISHED = {"ARFlow-S/2@256": 34_643_744, "ARFlow-B/2@256": 137_467_424, "ARFlo
              "ARFlow-XL/2@256": 712_445_216, "ARFlow-XL/4@256": 712_546_688, "ARFlow-XL/8@256": 713_210_624}
 
 
-def test_published_counts_are_the_digest_formula():
+def test_published_counts_follow_the_formula():
     assert len([name for name in arflow.PRESETS if name.startswith("ARFlow")]) == 24
     for preset, count in PUBLISHED.items():
         assert formula(dataclasses.replace(arflow.Config(), **arflow.PRESETS[preset])) == count
 
 
 def formula(cfg, C=4, K=1000):
-    """The parameter count of the digest's section 3, term by term."""
+    """The parameter count, term by term."""
     D, H, p = cfg.width, cfg.heads, cfg.patch
     stem = D * p * p * C + D + 257 * D + D * D + D + (K + 1) * D
     return stem + cfg.depth * (19 * D * D + D * H + 11 * D) + 2 * D * D + 2 * D + (D + 1) * 2 * p * p * C
 
 
 @pytest.mark.parametrize("preset", [name for name in arflow.PRESETS if name.startswith("ARFlow")])
-def test_invariant_21_parameter_counts(preset):
+def test_parameter_counts(preset):
     cfg = dataclasses.replace(arflow.Config(), **arflow.PRESETS[preset])
     count = formula(cfg)
     with torch.device("meta"):
         model = arflow.ARFlow(cfg, 4, 1000)
     assert sum(p.numel() for p in model.parameters()) == count
-    assert not model.positions.requires_grad and model.positions.shape == ((cfg.size // cfg.patch) ** 2, cfg.width)
+    assert not model.pos_embed.requires_grad and model.pos_embed.shape == ((cfg.size // cfg.patch) ** 2, cfg.width)
 
 
-def test_invariant_21_optimizer_groups():
+def test_optimizer_groups():
     model = network()
     decayed, plain = arflow.optimizer(model, config()).param_groups
     assert decayed["weight_decay"] == 0.02 and all(p.ndim >= 2 for p in decayed["params"])
@@ -554,30 +572,32 @@ def test_invariant_21_optimizer_groups():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-def test_invariant_22_label_dropout_is_per_sequence():
+def test_label_dropout_is_per_sequence():
+    """A6: one label a sequence, or none."""
     model, (x1, t, y) = network(), sequence()
     x0 = torch.randn_like(x1)
     x, u = arflow.interpolate(x1, x0, t)
     drop = torch.tensor([True, False])
     labels = torch.tensor([model.classes, y[1]])
     expected = (model(x, t, labels)[0] - u).square().mean()
-    torch.testing.assert_close(arflow.loss(model, (x1, y), (t, x0, drop)), expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(velocity_loss(model, (x1, y), t, x0, drop), expected, rtol=1e-14, atol=0)
 
 
-def test_invariant_23_loss_is_the_mean_over_images():
+def test_loss_is_the_mean_over_images():
+    """A5: all positions alike."""
     model, (x1, t, y) = network(), sequence()
     x0, keep = torch.randn_like(x1), torch.zeros(2, dtype=torch.bool)
     x, u = arflow.interpolate(x1, x0, t)
     errors = (model(x, t, y)[0] - u).square().mean((0, 2, 3, 4))
-    value = arflow.loss(model, (x1, y), (t, x0, keep))
+    value = velocity_loss(model, (x1, y), t, x0, keep)
     torch.testing.assert_close(value, errors.sum() / 4, rtol=1e-13, atol=0)
-    one = arflow.loss(model, (x1[:, :1], y), (t[:, :1], x0[:, :1], keep))
+    one = velocity_loss(model, (x1[:, :1], y), t[:, :1], x0[:, :1], keep)
     torch.testing.assert_close(one, errors[0], rtol=1e-12, atol=0)
 
 
-def test_invariant_24_unused_outputs_have_no_gradient():
+def test_unused_outputs_have_no_gradient():
     model, (x1, t, y) = network(), sequence()
-    arflow.loss(model, (x1, y), (t, torch.randn_like(x1), torch.zeros(2, dtype=torch.bool))).backward()
+    velocity_loss(model, (x1, y), t, torch.randn_like(x1), torch.zeros(2, dtype=torch.bool)).backward()
     rows = model.out.weight.grad.view(2, 2, 6, -1)                              # row, column, 2C channels
     assert not rows[:, :, 3:].any() and rows[:, :, :3].any(-1).all()
 
@@ -601,18 +621,19 @@ def test_sequences_hold_different_images_of_one_class_with_own_flips():
             return torch.cat([index, index + 0.25], -1)                         # left and right column differ
 
     cfg = config(images=5, batch=200)
-    (x1, y), (t, x0, drop) = arflow.draw(Images(), cfg, 3, torch.device("cpu"))
+    (x1, y), draws = arflow.draw(Images(), cfg, 3, torch.device("cpu"))
     number = x1.amin((2, 3, 4))
     assert all(len(set(row.tolist())) == 5 for row in number)                   # n distinct images
     assert (number % 4 == y[:, None]).all() and len(set(y.tolist())) == 4       # of the label's class
     flipped = x1[:, :, 0, 0, 0] > x1[:, :, 0, 0, 1]
     assert 0.45 < flipped.float().mean() < 0.55 and (flipped.any(1) & ~flipped.all(1)).any()
-    assert len({tuple(row.tolist()) for row in t}) == 200
+    assert len({tuple(row.tolist()) for row in draws["t"]}) == 200
     again = arflow.draw(Images(), cfg, 3, torch.device("cpu"))
     assert torch.equal(again[0][0], x1) and not torch.equal(arflow.draw(Images(), cfg, 4, torch.device("cpu"))[0][0], x1)
 
 
 def test_latents_are_drawn_from_the_posterior_afresh():
+    """A1: the noise of the posterior is new at every step."""
     class Latents:
         classes, latent, scale = ["a"], True, 0.5
         by_class, images = [np.arange(6)], np.zeros((6, 2, 3, 3), np.float32)
@@ -626,6 +647,22 @@ def test_latents_are_drawn_from_the_posterior_afresh():
     assert a.shape == (2, 5, 2, 3, 3) and not torch.equal(a, b) and a.flatten(0, 1).std(0).min() > 0
 
 
+def test_a_block_from_its_formula():
+    """A9: both branches, each with its own shift, scale and gate of the image's condition."""
+    torch.manual_seed(0)
+    block = arflow.Block(8, 2, "sit", True).double()
+    x, c = torch.randn(1, 2, 3, 8, dtype=torch.float64), torch.randn(1, 2, 8, dtype=torch.float64)
+    six = (block.modulation.weight @ (c / (1 + (-c).exp()))[0].T + block.modulation.bias[:, None]).T.view(2, 6, 8)
+    norm = lambda y: (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+    ours = block(x, c, None)[0]
+    for m in range(2):
+        shift1, scale1, gate1, shift2, scale2, gate2 = six[m]
+        y = x[:, m:m + 1]
+        y = y + gate1 * block.attention(norm(y) * (1 + scale1) + shift1, c, None)[0]
+        y = y + gate2 * block.mlp(norm(y) * (1 + scale2) + shift2)
+        torch.testing.assert_close(ours[:, m:m + 1], y, atol=1e-12, rtol=0)
+
+
 def test_sit_baseline_is_plain_attention():
     model = network(block="sit", images=1)
     names = {name for name, _ in model.blocks[0].attention.named_parameters()}
@@ -636,7 +673,7 @@ def test_sit_baseline_is_plain_attention():
     expected = o @ module.out.weight.T + module.out.bias
     torch.testing.assert_close(module(h, None, None)[0][:, 0], expected, atol=1e-12, rtol=0)
     count = sum(p.numel() for p in model.blocks[0].parameters())
-    assert count == 18 * 32 ** 2 + 15 * 32                                      # digest 3
+    assert count == 18 * 32 ** 2 + 15 * 32
 
 
 def test_a_training_step_by_hand(tmp_path, monkeypatch):
@@ -645,13 +682,13 @@ def test_a_training_step_by_hand(tmp_path, monkeypatch):
     words = [*TINY, "--clip", "1e-4", "--ema", "0.8", "--lr", "0.01", "--steps", "2", "--log", "1"]
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words)
     dataset = arflow.open_split(cfg, "train")
-    torch.manual_seed(common.draws(cfg.seed, 0, "weights").initial_seed())
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "weights").initial_seed())
     model = arflow.ARFlow(cfg, 3, 10)
     mean = {name: p.detach().clone() for name, p in model.named_parameters()}
     first, second = ({name: torch.zeros_like(p) for name, p in mean.items()} for _ in range(2))
     for step in (0, 1):
         rate = arflow.learning_rate(cfg, step)
-        arflow.loss(model, *arflow.draw(dataset, cfg, step, torch.device("cpu"))).backward()
+        arflow.loss(model, *arflow.draw(dataset, cfg, step, torch.device("cpu")))[0].backward()
         for name, p in model.named_parameters():
             g = p.grad.clamp(-1e-4, 1e-4)
             first[name] = 0.9 * first[name] + 0.1 * g
@@ -682,7 +719,7 @@ def test_conversion_writes_a_checkpoint_that_sample_reads(tmp_path, monkeypatch,
     args = argparse.Namespace(model="ARFlow")                                   # as the authors' train.py pickles it
     torch.save({"model": {}, "ema": weights, "opt": {}, "args": args}, "theirs.pt")
     official.main(["arflow", "theirs.pt", "official.pt"])
-    run("--sample", "official.pt", "--count", "4", "--calls", "2")
+    run("--sample", "official.pt", "--count", "4", "--num_steps", "2")
     pack = np.load("samples/latents.npz")
     assert pack["latents"].shape == (4, 4, 6, 6) and math.isclose(pack["scale"], 0.18215, rel_tol=1e-6)
 
@@ -691,10 +728,11 @@ def test_conversion_writes_a_checkpoint_that_sample_reads(tmp_path, monkeypatch,
 
 def run(*argv):
     """arflow.py with these arguments, in this process."""
-    common.launch(arflow.main, common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, list(argv)))
+    cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, list(argv))
+    common.launch(arflow.main, cfg, arflow.check, arflow.prepare)
 
 
-TINY = ["--size", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "2", "--batch", "2", "--calls", "2"]
+TINY = ["--size", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "2", "--batch", "2", "--num_steps", "2"]
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -705,18 +743,17 @@ TINY = ["--size", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps
     (["--block", "what"], "invalid choice"),
     (["--images", "0"], "--images 0"),
     (["--images", "3000"], "has only 2000"),
-    (["--calls", "1"], "at least 2"),
+    (["--num_steps", "1"], "must be >= 2"),
     (["--width", "0"], "--width 0"),
     (["--size", "-4"], "--size -4"),
-    (["--scale", "inf"], "--scale inf"),
-    (["--guided", "9"], "3 channels"),
-    (["--classes", "a"], "--classes a"),
-    (["--classes", "3,,5"], "--classes 3,,5"),
+    (["--cfg_scale", "inf"], "--cfg_scale inf: must be >= 0"),
+    (["--cfg_channels", "0"], "must be >= 1"),
+    (["--width", "1000000", "--heads", "1"], "bytes to train"),
     (["--classes", "3"], "--sample"),
-    (["--label_dropout", "1.5"], "[0, 1]"),
+    (["--label_dropout", "1.5"], "in [0, 1]"),
     (["--export", "x.npz"], "--sample"),
     (["--out", "here"], "--sample"),
-    (["--scale", "nan"], "--scale nan"),
+    (["--cfg_scale", "nan"], "--cfg_scale nan: must be >= 0"),
     (["--ema", "nan"], "--ema nan"),
     (["--clip", "-1"], "--clip -1"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"),
@@ -768,7 +805,7 @@ def test_sample_writes_grids_and_the_export(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("argv, words", [
     (["--preset", "small"], "--preset small"), (["--width", "32"], "--width 32"), (["--classes", "10"], "0 to 9"),
-    (["--guided", "4"], "3 channels")])
+    (["--classes", "a"], "--classes a"), (["--classes", "3,,5"], "--classes 3,,5"), (["--cfg_scale", "nan"], "--cfg_scale nan")])
 def test_sample_refuses_what_contradicts_the_checkpoint(argv, words, trained, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--sample", str(trained / "last.pt"), *argv)
@@ -777,7 +814,7 @@ def test_sample_refuses_what_contradicts_the_checkpoint(argv, words, trained, ca
 
 @pytest.mark.parametrize("argv", [
     ["--images", "1"], ["--block", "sit", "--images", "1"], ["--no-query_decay"], ["--context", "reset"],
-    ["--flip"], ["--scale", "1"], ["--guided", "2"], ["--bf16"], ["--warmup", "1"]])
+    ["--flip"], ["--cfg_scale", "1"], ["--cfg_channels", "2"], ["--bf16"], ["--warmup", "1"]])
 def test_every_option_trains(argv, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(*TINY, *argv)
@@ -785,14 +822,14 @@ def test_every_option_trains(argv, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, expected", [
-    ({}, ("carry", 0)), (dict(context="reset"), ("reset", 0)), (dict(images=1), ("reset", 0)),
-    (dict(data="latents:x"), ("carry", 3)), (dict(data="latents:x", guided=4), ("carry", 4))])
+    ({}, ("carry", 3)), (dict(context="reset"), ("reset", 3)), (dict(images=1), ("reset", 3)),
+    (dict(data="latents:x"), ("carry", 3)), (dict(data="latents:x", cfg_channels=4), ("carry", 4))])
 def test_the_sampler_gets_the_context_and_the_guided_channels(changes, expected, monkeypatch):
     seen = []
     original = arflow.sample
-    monkeypatch.setattr(arflow, "sample", lambda m, y, g, calls, scale, guided, context: seen.append(
-        (context, guided)) or original(m, y, g, calls, scale, guided, context))
-    arflow.sample_many(network(channels=4).float(), config(calls=2, **changes), np.arange(3))
+    monkeypatch.setattr(arflow, "sample", lambda m, y, g, num_steps, cfg_scale, cfg_channels, context: seen.append(
+        (context, cfg_channels)) or original(m, y, g, num_steps, cfg_scale, cfg_channels, context))
+    arflow.sample_many(network(channels=4).float(), config(num_steps=2, **changes), np.arange(3))
     assert seen == [expected]
 
 
@@ -811,16 +848,21 @@ def test_a_frechet_distance_is_left_out_aloud_where_there_is_too_little(total, c
     monkeypatch.setattr(common, "judge", lambda *_: common.Judge(3, 24, 2).eval())      # only N matters here
     images = np.random.default_rng(0).integers(0, 256, (total, 8, 8, 3), dtype=np.uint8)
     np.savez("own.npz", images=images, labels=np.arange(total) // 2 % 2)
-    cfg = config(size=8, data="npz:own.npz", count=count, steps=200)
+    cfg = config(size=8, data="npz:own.npz", count=count, steps=200, name="few")
+    monkeypatch.setattr(arflow, "sample_many", lambda model, cfg, labels: (
+        torch.randn(count, 3, 8, 8), torch.randn(min(count, 100), 9, 3, 8, 8)))
     arflow.prepare(cfg)
     said = capsys.readouterr().out
-    result = arflow.measure(torch.randn(count, 3, 8, 8), np.arange(count) % 2, cfg)
+    assert f"test {total // 10}" in said
+    arflow.finish(common.Run(cfg), None, cfg, arflow.open_split(cfg, "train"))
+    result = json.loads(Path("runs/arflow/few/result.json").read_text())
     assert result["N"] == N and 0 <= result["accuracy"] <= 1
     if N < 65:
         assert result["distance"] is result["floor"] is None
-        assert f"needs 65 samples and 130 test images, and there are {count} and {total // 10}" in said
+        assert "needs 65 samples and 130 test images" in said
+        assert "class accuracy" in (told := capsys.readouterr().out) and "toy Frechet" not in told
     else:
-        assert math.isfinite(result["distance"] + result["floor"]) and not said
+        assert math.isfinite(result["distance"] + result["floor"]) and "no Frechet" not in said
 
 
 def test_a_run_of_few_pictures_ends_with_what_can_be_measured(tmp_path, monkeypatch, capsys):
@@ -840,7 +882,7 @@ def test_too_few_pictures_for_the_ruler_are_one_line_before_training(tmp_path, m
     monkeypatch.chdir(tmp_path)
     np.savez("own.npz", images=np.zeros((10, 8, 8, 3), np.uint8), labels=np.arange(10) % 5)
     words = [*TINY, "--data", "npz:own.npz", "--images", "1", "--steps", "200"]
-    assert "9 pictures to learn the ruler from; it needs 10" in refused(run, words, capsys)
+    assert "9 images; the ruler needs 10" in refused(run, words, capsys)
     assert not Path("runs").exists()
 
 
@@ -850,11 +892,21 @@ def test_target_decides_the_exit_code(tmp_path, monkeypatch):
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, [])
     monkeypatch.setattr(arflow, "sample_many", lambda *_: (torch.zeros(200, 3, 16, 16), torch.zeros(100, 9, 3, 16, 16)))
     monkeypatch.setattr(common, "judge", lambda *_: None)
-    for accuracy, changed, code in ((0.1, False, 1), (0.99, False, 0), (0.1, True, 0)):
-        monkeypatch.setattr(arflow, "measure", lambda *_: dict(N=1, accuracy=accuracy, distance=0.0, floor=0.0))  # noqa: B023
-        changes = dict(seed=1) if changed else {}
-        now = dataclasses.replace(cfg, **changes)
-        assert arflow.finish(common.Run(now), None, now, arflow.open_split(now, "train", 100)) == code
+    for accuracy, changed, reached in ((0.1, False, False), (0.99, False, True), (0.1, True, True)):
+        result = dict(N=1, accuracy=accuracy, distance=0.0, floor=0.0)
+        monkeypatch.setattr(common, "measure_samples", lambda *_: result)  # noqa: B023
+        now = dataclasses.replace(cfg, **(dict(seed=1) if changed else {}))
+        assert arflow.finish(common.Run(now), None, now, arflow.open_split(now, "train", 100)) == reached
+
+
+@pytest.mark.parametrize("reached, code", [(True, 0), (False, 1)])
+def test_the_exit_code_of_a_run_and_of_its_resumption(reached, code, tmp_path, monkeypatch):
+    """Below the target: 1. A finished run that is resumed only shows its result: 0."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arflow, "finish", lambda *_: reached)
+    cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, TINY)
+    assert arflow.train(cfg) == code
+    assert arflow.train(dataclasses.replace(cfg, resume=True)) == 0
 
 
 def test_a_latent_scale_may_have_one_number_a_channel(tmp_path, monkeypatch):

@@ -4,15 +4,15 @@ import json
 import runpy
 import struct
 
-import numpy as np
-import pytest
-import torch
-
 import common
 import detailflow
 import slimfit
 import vitok
 from tests import ROOT, official
+
+import numpy as np
+import pytest
+import torch
 
 
 def golden(name, start):

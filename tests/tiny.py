@@ -10,8 +10,8 @@ import dataclasses
 import torch
 
 TINY = {
-    "arflow": dict(size=8, patch=2, width=16, depth=2, heads=2, images=3, steps=6, batch=2, lr=1e-3, calls=3,
-                   count=20, scale=2.0, log=2, save=3),
+    "arflow": dict(size=8, patch=2, width=16, depth=2, heads=2, images=3, steps=6, batch=2, lr=1e-3,
+                   num_steps=3, count=20, cfg_scale=2.0, log=2, save=3),
     "gpipe": dict(data="numbers:30", layers=1, width=16, hidden=16, heads=1, stages=2, micro=2, steps=6, batch=8,
                   warmup=2, lr=1e-5, log=2, save=3),
     "vitok": dict(size=8, model="12x1x2-12x2x2/4", channels=2, disc=4, dit="12x1x2", steps=6, batch=4, lr=0.1,
