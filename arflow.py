@@ -83,8 +83,8 @@ class Config:
     log: int = 100                                   # >= 1: steps between log lines
     save: int = 5000                                 # >= 1: steps between checkpoints and preview pictures
 
-    # what --sample may change
-    sampling: ClassVar = ("num_steps", "cfg_scale", "cfg_channels", "context", "classes", "count", "export")
+    sampling: ClassVar = (                           # what --sample may change
+        "num_steps", "cfg_scale", "cfg_channels", "context", "classes", "count", "export")
 
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}       # D, depth, H
@@ -341,7 +341,7 @@ class ARFlow(nn.Module):
         x = self.embed(x.flatten(0, 1)).flatten(2).transpose(1, 2) + self.pos_embed              # (B*n, N, D)
         x = x.unflatten(0, (B, n))                                                              # (B, n, N, D)
         if states is None:
-            states = self.empty_states(B)
+            states = self.empty_states(B)                                                  # each (B, H, d, d)
         new_states = []
         for block, S in zip(self.blocks, states):
             x, S = block(x, c, S)                                                 # (B, n, N, D), (B, H, d, d)
@@ -488,8 +488,7 @@ def draw(dataset, cfg, step, device):
         x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
     x1 = x1.unflatten(0, (-1, n)).to(device)
 
-    generator = common.make_generator(cfg.seed, step, "noise", device)
-    x0 = common.shard(torch.randn(B, *x1.shape[1:], generator=generator, device=device))
+    x0 = common.shard_noise((B, *x1.shape[1:]), cfg.seed, step, "noise", device)
     y, t, drop = (common.shard(value).to(device) for value in (y, t, drop))
     return (x1, y), {"t": t, "noise": x0, "drop": drop}
 

@@ -35,13 +35,13 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import common
+import data
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import common
-import data
 
 # --- Configuration -----------------------------------------------------------
 

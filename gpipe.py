@@ -37,13 +37,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import common
+import data
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-import common
-import data
 
 
 # --- Configuration -----------------------------------------------------------

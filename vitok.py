@@ -39,14 +39,14 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Literal
 
+import common
+import data
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-import common
-import data
 
 # --- Configuration -----------------------------------------------------------
 

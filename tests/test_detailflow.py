@@ -9,16 +9,16 @@ import dataclasses
 import itertools
 import math
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 import common
 import detailflow
 from tests import ROOT, refused, shared
 from tests.official import DETAILFLOW_AR, convert, detailflow_tokenizer, read_official, renamed
 from tests.tiny import argv
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 
 def config(**changes):

@@ -9,16 +9,16 @@ import itertools
 import math
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 import common
 import flextok
 from tests import ROOT, refused, shared
 from tests.official import convert
 from tests.official import flextok as convert_official
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 LEVELS = (8, 8, 8, 5, 5, 5)
 

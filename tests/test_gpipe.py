@@ -9,16 +9,16 @@ import threading
 from collections import Counter
 from concurrent.futures import CancelledError
 
+import common
+import gpipe
+from tests import ROOT, refused
+from tests.claims.claim_gpipe import later_schedule, one_f_one_b, simulate
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import common
-import gpipe
-from tests import ROOT, refused
-from tests.claims.claim_gpipe import later_schedule, one_f_one_b, simulate
 
 MODES = ["always", "except_last", "never"]
 CPU = ["cpu"] * 16

@@ -11,16 +11,16 @@ import re
 import struct
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 import common
 import data
 import slimfit
 from tests import ROOT, refused, shared
 from tests.official import convert
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 EXACT = dict(products=False, probabilities=False, gelu=False, mlp=False, keep=1.0)
 SQUARE = ("query", "key", "value", "out", "mlp1", "mlp2")

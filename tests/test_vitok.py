@@ -6,18 +6,18 @@ import json
 import math
 import tracemalloc
 
+import common
+import data
+import vitok
+from tests import ROOT, official, refused, shared
+from tests.tiny import argv
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import common
-import data
-import vitok
-from tests import ROOT, official, refused, shared
-from tests.tiny import argv
 
 TINY = {"model": "12x1x2-24x2x2/8", "channels": 4, "size": 32, "dit": "24x2x2"}
 CLIP = {**TINY, "model": "12x1x2-24x2x2/2x8", "size": 16, "frames": 4}

@@ -9,18 +9,19 @@ import dataclasses
 import json
 import time
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 import arflow
 import common
 from tests import ROOT
 from tests.claims import seeds, spread
 
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
 STEPS = {"quick": 1500, "full": 4400}
 SAMPLES = {"quick": 200, "full": 1000}
+SCALES = (1.0, 1.5, 3.0)                             # of guidance
 CACHE = {}                                           # trained weights of this process, by their settings
 
 
@@ -40,17 +41,16 @@ def fit(cfg, wrap=None, core=None):
     arflow.hybrid = core or original
     device = common.device_of(cfg)
     dataset = arflow.open_split(cfg, "train")
-    torch.manual_seed(common.draws(cfg.seed, 0, "weights").initial_seed())
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "weights").initial_seed())
     model = arflow.ARFlow(cfg, 3, len(dataset.classes)).to(device)
     ema, opt = copy.deepcopy(model).requires_grad_(False), arflow.optimizer(model, cfg)
     for step in range(cfg.steps):
         batch, draws = arflow.draw(dataset, cfg, step, device)
         if wrap:
             batch, draws = wrap(batch, draws, dataset, cfg, step)
-        for group in opt.param_groups:
-            group["lr"] = arflow.learning_rate(cfg, step)
+        common.set_learning_rate(opt, arflow.learning_rate(cfg, step))
         opt.zero_grad()
-        arflow.loss(model, batch, draws).backward()
+        arflow.loss(model, batch, draws)[0].backward()
         nn.utils.clip_grad_value_(model.parameters(), cfg.clip)
         opt.step()
         common.ema_update(ema, model, cfg.ema)
@@ -68,7 +68,9 @@ def judged(model, cfg, length, core=None, **changes):
         arflow.hybrid = core or original
         images, _ = arflow.sample_many(model, cfg, labels)
         arflow.hybrid = original
-        CACHE[key] = arflow.measure(images, labels, cfg)
+        ruler = common.judge(arflow.open_split(cfg, "judge"), "ruler")
+        test = arflow.open_split(cfg, "test", 2 * cfg.count)
+        CACHE[key] = common.measure_samples(images, labels, ruler, test)
     return CACHE[key]
 
 
@@ -88,14 +90,18 @@ def guidance(scale):
     for seed in seeds(scale):
         cfg = config(scale, seed)
         model = fit(cfg)
-        for s in (1.0, 1.5, 3.0):
-            results.setdefault(f"CFG {s:g}", []).append(judged(model, cfg, scale, scale=s))
+        for s in SCALES:
+            results.setdefault(f"CFG {s:g}", []).append(judged(model, cfg, scale, cfg_scale=s))
     if scale == "full":
-        results["CFG 1.5, 250 calls"] = [judged(fit(config(scale, 0)), config(scale, 0), scale, scale=1.5, calls=250)]
+        cfg = config(scale, 0)
+        results["CFG 1.5, 250 calls"] = [judged(fit(cfg), cfg, scale, cfg_scale=1.5, num_steps=250)]
     accuracy = {name: np.mean([r["accuracy"] for r in rs]) for name, rs in results.items()}
-    bars = {name: {"class accuracy, %": mean_and_deviation([100 * r["accuracy"] for r in rs]),
-                   "toy Frechet distance": mean_and_deviation([r["distance"] for r in rs])} for name, rs in results.items()}
-    common.bar_chart(ROOT / "assets/arflow_guidance.svg", bars, "ARFlow demo: guidance")
+    for unit, factor, file in (("accuracy", 100, "arflow_guidance"), ("distance", 1, "arflow_guidance_distance")):
+        points = [[factor * r[unit] for r in results[f"CFG {s:g}"]] for s in SCALES]
+        means, deviations = zip(*map(mean_and_deviation, points))
+        ylabel = {"accuracy": "class accuracy, %", "distance": "toy Frechet distance"}[unit]
+        common.line_chart(ROOT / f"assets/{file}.svg", {"ARFlow demo": (SCALES, means, deviations)},
+                          "ARFlow demo: what guidance does to the samples", "guidance scale", ylabel)
     floor = np.mean([r["floor"] for rs in results.values() for r in rs])
     return {"claim": "guidance 1.5 improves samples strongly", "paper": "FID 14.08 to 4.34 (128 px), 6.63 to 1.96 (256 px)",
             "measured": "; ".join(f"{name}: {both(rs)}" for name, rs in results.items()) + f"; floor {floor:.1f}",
@@ -107,7 +113,7 @@ def guidance(scale):
 
 def noise_batch(cfg, step, stream="data"):
     """x1 white noise, the SAME for all images of a sequence: only memory can beat the memoryless bound."""
-    g = common.draws(cfg.seed, step, stream)
+    g = common.make_generator(cfg.seed, step, stream)
     x1 = torch.randn(cfg.batch, 1, 1, cfg.size, cfg.size, generator=g).expand(-1, cfg.images, -1, -1, -1)
     t = torch.rand(cfg.batch, cfg.images, generator=g).sort(1).values
     x0 = torch.randn(x1.shape, generator=g)
@@ -115,7 +121,7 @@ def noise_batch(cfg, step, stream="data"):
 
 
 def mechanism(scale):
-    """The mechanism test of the digest: the loss of positions 2 to 5 against its two analytic bounds."""
+    """The loss of positions 2 to 5 against its two analytic bounds."""
     losses = []
     for seed in seeds(scale):
         cfg = dataclasses.replace(arflow.Config(), size=4, patch=1, width=64, depth=3, heads=2, images=5, batch=32, lr=2e-3,
@@ -125,10 +131,9 @@ def mechanism(scale):
         opt, y = arflow.optimizer(model, cfg), torch.ones(cfg.batch, dtype=torch.long)
         for step in range(cfg.steps):
             x1, t, x0 = noise_batch(cfg, step)
-            for group in opt.param_groups:
-                group["lr"] = arflow.learning_rate(cfg, step)
+            common.set_learning_rate(opt, arflow.learning_rate(cfg, step))
             opt.zero_grad()
-            arflow.loss(model, (x1, y), (t, x0, y > 0)).backward()
+            arflow.loss(model, (x1, y), {"t": t, "noise": x0, "drop": y > 0})[0].backward()
             nn.utils.clip_grad_value_(model.parameters(), cfg.clip)
             opt.step()
         test = dataclasses.replace(cfg, batch=2000)
@@ -190,11 +195,11 @@ def cost(scale):
     with torch.no_grad():
         for n in counts:
             q, k, v = torch.randn(3, 1, n, 1, N, d)
-            l, S = -torch.rand(1, n, 1, N) / 16, torch.zeros(1, 1, d, d)
+            log_decay, S = -torch.rand(1, n, 1, N) / 16, torch.zeros(1, 1, d, d)
             image = torch.arange(n * N) // N
             mask = image[:, None] >= image
             flat = [x.transpose(1, 2).flatten(2, 3) for x in (q, k, v)]
-            times["hybrid chunk loop"].append(seconds(lambda: arflow.hybrid(q, k, v, l, S)))
+            times["hybrid chunk loop"].append(seconds(lambda: arflow.hybrid(q, k, v, log_decay, S)))
             times["block-causal softmax"].append(seconds(lambda: F.scaled_dot_product_attention(*flat, attn_mask=mask)))
     slopes = {name: np.polyfit(np.log(counts[4:]), np.log(ts[4:]), 1)[0] for name, ts in times.items()}
     common.line_chart(ROOT / "assets/arflow_cost.svg", {name: (list(counts), [1e3 * t for t in ts]) for name, ts in times.items()},
@@ -220,7 +225,7 @@ def step_price(scale):
 
     def step():
         opt.zero_grad()
-        arflow.loss(model, batch, draws).backward()
+        arflow.loss(model, batch, draws)[0].backward()
         update()
 
     ratios, shares, original = [], [], arflow.hybrid
@@ -248,7 +253,7 @@ def baselines(scale):
         for name, changes in arms.items():
             cfg = config(scale, seed, **changes)
             for s in (1.0, 1.5):
-                results[f"{name}, CFG {s:g}"].append(judged(fit(cfg), cfg, scale, scale=s))
+                results[f"{name}, CFG {s:g}"].append(judged(fit(cfg), cfg, scale, cfg_scale=s))
     ratio = {s: np.mean([a["distance"] / b["distance"] for a, b in zip(results[f"ARFlow, CFG {s}"], results[f"SiT, CFG {s}"])])
              for s in ("1", "1.5")}
     shown = all(a["distance"] < b["distance"] for s in ("1", "1.5")
@@ -261,19 +266,19 @@ def baselines(scale):
 
 def unsorted_times(batch, draws, dataset, cfg, step):
     """The times of a sequence in random order."""
-    (t, x0, drop), g = draws, common.draws(cfg.seed, step, "order")
-    return batch, (t.gather(1, torch.rand(t.shape, generator=g).argsort(1)), x0, drop)
+    g = common.make_generator(cfg.seed, step, "order")
+    order = torch.rand(draws["t"].shape, generator=g).argsort(1)
+    return batch, {**draws, "t": draws["t"].gather(1, order)}
 
 
 def reversed_times(batch, draws, dataset, cfg, step):
     """The cleanest image first."""
-    t, x0, drop = draws
-    return batch, (t.flip(1), x0, drop)
+    return batch, {**draws, "t": draws["t"].flip(1)}
 
 
 def mixed_classes(batch, draws, dataset, cfg, step):
     """The context images come from any class; the last one has the sequence's label."""
-    (x1, y), g = batch, common.draws(cfg.seed, step, "order")
+    (x1, y), g = batch, common.make_generator(cfg.seed, step, "order")
     index = torch.randint(len(dataset), x1.shape[:2], generator=g).numpy()
     other = dataset.pixels(index.reshape(-1)).view_as(x1)
     return (torch.cat([other[:, :-1], x1[:, -1:]], 1), y), draws
@@ -289,7 +294,7 @@ def ablation(scale, arms, core=False):
     """Train each arm at half the demo's length, sample with guidance 1.5; {arm: results}."""
     results = {}
     for seed in seeds(scale):
-        cfg = config(scale, seed, steps=STEPS["full"] // 2, scale=1.5)
+        cfg = config(scale, seed, steps=STEPS["full"] // 2, cfg_scale=1.5)
         for name, change in arms.items():
             model = fit(cfg, **{"core" if core else "wrap": change})
             results.setdefault(name, []).append(judged(model, cfg, scale, core=change if core else None))
@@ -313,15 +318,15 @@ def sequences(scale):
             "verdict": verdict(results, "sorted, same class"), "numbers": results}
 
 
-def inner_only(q, k, v, l, S, query_decay=True):
+def inner_only(q, k, v, log_decay, S, query_decay=True):
     """Softmax inside each image, nothing across."""
     return F.scaled_dot_product_attention(q, k, v, scale=1.0), S
 
 
-def inner_linear(q, k, v, l, S, query_decay=True):
+def inner_linear(q, k, v, log_decay, S, query_decay=True):
     """Causal gated linear attention inside the image as well (gated RetNet; no softmax anywhere)."""
     outputs = []
-    for Q, K, V, gate in zip(q.unbind(1), k.unbind(1), v.unbind(1), l.unbind(1)):
+    for Q, K, V, gate in zip(q.unbind(1), k.unbind(1), v.unbind(1), log_decay.unbind(1)):
         G = gate.cumsum(-1)
         decay = (G[..., :, None] - G[..., None, :]).tril().exp().tril()
         outputs.append((Q @ K.mT * decay) @ V + G.exp()[..., None] * (Q @ S))
@@ -329,9 +334,9 @@ def inner_linear(q, k, v, l, S, query_decay=True):
     return torch.stack(outputs, 1), S
 
 
-def no_inner(q, k, v, l, S, query_decay=True):
+def no_inner(q, k, v, log_decay, S, query_decay=True):
     """The state alone: an image does not look at itself."""
-    out, S = arflow_hybrid(q, k, v, l, S, query_decay)
+    out, S = arflow_hybrid(q, k, v, log_decay, S, query_decay)
     return out - F.scaled_dot_product_attention(q, k, v, scale=1.0), S
 
 
@@ -366,8 +371,7 @@ def gpu(scale):
                 model = arflow.ARFlow(cfg, 4, 1000).to(device)
                 opt = arflow.optimizer(model, cfg)
                 if compiled:
-                    for block in model.blocks:
-                        block.compile()
+                    common.compile_blocks(dataclasses.replace(cfg, compile=True), model.blocks)
                 x1, x0 = torch.randn(2, 32, 5, 4, 16, 16, device=device)
                 y, t = torch.randint(1000, (32,), device=device), torch.rand(32, 5, device=device).sort(1).values
                 drop = torch.zeros(32, dtype=torch.bool, device=device)
@@ -375,7 +379,7 @@ def gpu(scale):
                 def step():
                     opt.zero_grad()
                     with common.autocast(cfg):
-                        value = arflow.loss(model, (x1, y), (t, x0, drop))
+                        value, _ = arflow.loss(model, (x1, y), {"t": t, "noise": x0, "drop": drop})
                     value.backward()
                     nn.utils.clip_grad_value_(model.parameters(), cfg.clip)
                     opt.step()

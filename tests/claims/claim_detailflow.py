@@ -11,16 +11,16 @@ import statistics
 import time
 from unittest import mock
 
+import common
+import detailflow
+from tests import ROOT
+from tests.claims import seeds, spread
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import common
-import detailflow
-from tests import ROOT
-from tests.claims import seeds, spread
 
 STEPS = {"quick": dict(tokenizer=600, ar=400), "full": dict(tokenizer=1500, ar=1000)}
 IMAGES = {"quick": 500, "full": 2000}

@@ -14,17 +14,17 @@ import time
 import types
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 import common
 import data
 import flextok
 from tests import ROOT
 from tests.claims import seeds, spread
 from tests.official import flextok as convert_official
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 STEPS = {"quick": 3000, "full": 4500}                # the demo's are 4500
 IMAGES = {"quick": 500, "full": 2000}

@@ -14,15 +14,15 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import nn
-
 import common
 import gpipe
 from tests import ROOT
 from tests.claims import seeds, spread
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
 CPU = ["cpu"] * 128
 

@@ -9,14 +9,14 @@ import dataclasses
 import os
 import time
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 import common
 import slimfit
 from tests import ROOT
 from tests.claims import seeds, spread
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 STEPS = {"quick": 250, "full": 1200}
 RATES = (0.0, 0.5, 0.75, 0.9, 0.95)

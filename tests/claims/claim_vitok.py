@@ -9,16 +9,16 @@ import copy
 import dataclasses
 import time
 
+import common
+import vitok
+from tests import ROOT
+from tests.claims import seeds, spread
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import common
-import vitok
-from tests import ROOT
-from tests.claims import seeds, spread
 
 STEPS = {"quick": 150, "full": 600}
 COUNT = {"quick": 300, "full": 1000}
