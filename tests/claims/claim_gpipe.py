@@ -54,7 +54,7 @@ def asleep(seconds, sizes, M, mode="never"):
     runs = []
     for _ in range(3):
         pipe.step(x, torch.sum)
-        runs.append(gpipe.idle(pipe.times, len(sizes)))
+        runs.append(gpipe.idle(pipe.minibatch.times, len(sizes)))
     share, span = min(runs[1:], key=lambda run: run[1])
     return span, share
 
@@ -185,12 +185,12 @@ def linked(K, M, seconds, blocking):
         pipe = gpipe.Pipeline(nn.Sequential(*(Nap(0.005) for _ in range(8))), [8 // K] * K, CPU, M, "never")
     finally:
         gpipe.Channel = original
-    for channel in pipe.ahead[1:-1] + pipe.back[1:-1]:
+    for channel in pipe.forward_channels[1:-1] + pipe.backward_channels[1:-1]:
         channel.seconds, channel.blocking = seconds, blocking
     spans = []
     for _ in range(2):
         pipe.step(torch.zeros(M, 1, requires_grad=True), torch.sum)
-        spans.append(gpipe.idle(pipe.times, K)[1])
+        spans.append(gpipe.idle(pipe.minibatch.times, K)[1])
     return min(spans)
 
 
@@ -213,8 +213,7 @@ def imbalance(scale):
     """AmoebaNet's sub-linear speed-up: unequal layers; the partition against equal numbers of layers."""
     cfg = dataclasses.replace(gpipe.Config(), **gpipe.PRESETS["AmoebaNet-D-18-256"], plan=True)
     with torch.device("meta"):
-        model, inputs = gpipe.build(cfg, 1000)
-    costs = [row["flops"] for row in gpipe.profile(model, inputs)]
+        costs = [row["flops"] for row in gpipe.profile(gpipe.build(cfg, 1000), gpipe.example(cfg))]
     K, M, numbers = 4, 16, {}
     seconds = [0.02 * K * cost / sum(costs) for cost in costs]
     cuts = {"equal numbers of layers": [6] * K, "variance": gpipe.partition(costs, K),
@@ -279,7 +278,7 @@ def table1(scale):
         arms, found = {"naive": (1, 1, "never"), **{f"K = {K}": (K, 8, "always") for K in (1, 2, 4, 8)}}, []
         for arm, (K, M, mode) in arms.items():
             with torch.device("meta"):
-                rows = gpipe.profile(*gpipe.build(dataclasses.replace(cfg, micro=M), cfg.classes))
+                rows = gpipe.profile(gpipe.build(cfg, cfg.classes), gpipe.example(dataclasses.replace(cfg, micro=M)))
             n = largest(rows, repeat, budget * 2**30, K, M, mode)
             found.append(n if len(repeat) == 1 else (6 + 3 * n) * (n > 0))
             numbers[f"{name}, {arm}"] = found[-1]
@@ -408,17 +407,14 @@ def only(dataset, keep):
 def fit(cfg, dataset, look=lambda model: None):
     """gpipe.train without a folder: (pipeline, model, losses). look(model) sees the gradients of every step."""
     torch.set_num_threads(1)
-    V = len(dataset.vocabulary.words) if cfg.model == "translate" else len(dataset.classes)
-    model, inputs = gpipe.build(cfg, V)
-    K = cfg.stages or 1
-    pipe = gpipe.Pipeline(model, gpipe.shares(cfg, model, inputs, K), CPU, cfg.micro, cfg.checkpoint, cfg.seed)
-    adam, losses = cfg.model == "translate", []
-    opt = (torch.optim.Adam(model.parameters(), cfg.lr, (0.9, 0.997), 1e-9) if adam else
-           torch.optim.RMSprop(model.parameters(), cfg.lr, 0.9, 0.1, 4e-5))
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "weights").initial_seed())
+    model = gpipe.build(cfg, gpipe.count_classes(cfg, dataset))
+    sizes = gpipe.stage_sizes(cfg, model, cfg.stages or 1)
+    pipe = gpipe.Pipeline(model, sizes, CPU, cfg.micro, cfg.checkpoint, cfg.seed)
+    opt, losses = gpipe.optimizer(model, cfg), []
     for step in range(cfg.steps):
         inputs, target, total = gpipe.draw(dataset, cfg, step)
-        for group in opt.param_groups:
-            group["lr"] = gpipe.learning_rate(cfg, step)
+        common.set_learning_rate(opt, gpipe.learning_rate(cfg, step))
         opt.zero_grad()
         losses.append(float(pipe.step(inputs, lambda y, t=target, n=total: gpipe.loss(y, t, n), step)[0]))
         look(model)
@@ -428,13 +424,8 @@ def fit(cfg, dataset, look=lambda model: None):
 
 def score(pipe, cfg, test):
     """Share of exact answers on a test set."""
-    original = gpipe.open_split
-    gpipe.open_split = lambda cfg, split: test
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            return gpipe.answer(pipe, cfg, Path(folder))
-    finally:
-        gpipe.open_split = original
+    with tempfile.TemporaryDirectory() as folder:
+        return gpipe.answer(pipe, cfg, test, gpipe.class_names(cfg, test), Path(folder))
 
 
 def demo(scale, seed, steps, **changes):
@@ -566,10 +557,10 @@ def transfer(scale):
         short = dataclasses.replace(cfg, steps=cfg.steps // 2)
         for name in results:
             def build(cfg, V, name=name, original=gpipe.build):
-                model, inputs = original(cfg, V)
+                model = original(cfg, V)
                 if name == "pre-trained":
                     model[:-1].load_state_dict(first[:-1].state_dict())
-                return model, inputs
+                return model
             original, gpipe.build = gpipe.build, build
             try:
                 pipe, _, _ = fit(short, target)
@@ -589,7 +580,7 @@ class PlainNorm(nn.BatchNorm2d):
 class Unprobed(gpipe.Pipeline):
     """A pipeline that takes any layer, as pipelines do that do not look: the baseline's."""
 
-    def probe(self, x):
+    def probe(self, x, batch):
         self.probed = True
 
 
