@@ -4,7 +4,12 @@
 that they show is known exactly, so that what a model claims to have learnt can be checked. Image i is a pure
 function of (seed, i): any image can be had at any time, in any order, at any size, on any machine.
 
-Specs:    shapes | cifar10[:PATH] | npz:PATH | folder:PATH | video:PATH | latents:PATH
+Specs:    shapes                  procedural, at any size
+          cifar10[:PATH]          downloaded, or the archive, its folder or an npz of it
+          npz:PATH, video:PATH    arrays: images or clips, labels, captions, names (open_pack)
+          folder:PATH             pictures in CLASS/..., with or without train/ and test/ above (open_folder)
+          latents:PATH            means and log-variances that an encoder left (open_latents)
+          glue(), translation_pairs()   text: sentences with labels, sentences with their translations
 Splits:   train, test, judge: disjoint ranges of shapes. Files: their own, else every tenth image is test;
           judge is train; latents are one whole in every split. All splits have the class list of train.
 Letters:  M images, F frames, C channels, H W height and width, h w a grid of latents, B a batch, K classes
@@ -52,21 +57,10 @@ DataError = UserError  # data that cannot be had as asked for: one line with the
 # --- Shapes: the scene ---------------------------------------------------------
 
 COLOURS = {
-    "red": (228, 45, 45),
-    "orange": (250, 140, 20),
-    "yellow": (250, 220, 50),
-    "green": (50, 180, 75),
-    "cyan": (60, 205, 225),
-    "blue": (45, 95, 235),
-    "purple": (150, 65, 200),
-    "pink": (250, 130, 190),
+    "red": (228, 45, 45), "orange": (250, 140, 20), "yellow": (250, 220, 50), "green": (50, 180, 75),
+    "cyan": (60, 205, 225), "blue": (45, 95, 235), "purple": (150, 65, 200), "pink": (250, 130, 190),
 }
-GROUNDS = {
-    "black": (16, 16, 20),
-    "white": (245, 245, 240),
-    "grey": (105, 105, 110),
-    "brown": (88, 52, 30),
-}
+GROUNDS = {"black": (16, 16, 20), "white": (245, 245, 240), "grey": (105, 105, 110), "brown": (88, 52, 30)}
 SHAPES = ["circle", "square", "triangle", "diamond", "plus", "cross", "star", "ring", "heart", "moon"]
 SIZES = ["tiny", "small", "medium", "large", "huge"]
 SIZE_LIMITS = (0.15, 0.20, 0.32, 0.38)                     # radii at which one size ends and the next begins
@@ -85,7 +79,10 @@ def mix(z):
 
 
 def uniform(index, field, seed=0):
-    """float64 in [0, 1), a pure function of its arguments; arrays `index` and `field` broadcast."""
+    """float64 in [0, 1), a pure function of its arguments; arrays `index` and `field` broadcast.
+
+    Two hashes, of the seed and of the index, choose a stream; field f is its number f, with 24 bits.
+    """
     a = mix(np.array([(seed * GOLDEN + 0x1234567) % 2**64], np.uint64))
     b = mix(np.asarray(index).astype(np.uint64) * np.uint64(GOLDEN) + a)
     step = (np.atleast_1d(field) + 1).astype(np.uint64) * np.uint64(GOLDEN)
@@ -115,7 +112,7 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     u_count, u_ground, u_order, u_light = of_image
     u_shape, u_colour, u_radius, u_x, u_y, u_angle, u_shade, u_speed, u_heading = of_object
 
-    label = index % 10
+    label = index % 10                                                                  # (M, 1)
     count = lo + (u_count * (hi - lo + 1)).astype(int)
     alone = count == 1
     if mixed:  # object 0, the largest, has the shape of the class, the others have any other shape
@@ -157,29 +154,36 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
 
 
 # --- Shapes: the picture -------------------------------------------------------
-# Signed distance from (x, y), y up, to each shape's edge, in units of its radius, negative inside.
 
 ROOT = 0.5**0.5
 
 
+# Each of the next ten functions: the signed distance from points (x, y), y up, to the edge of a shape around
+# the origin, in units of its radius; negative inside. x and y are arrays that broadcast. It counts near the
+# edge alone: a pixel is covered by 1/2 - its distance in pixels, cut off at 0 and 1.
 def circle(x, y):
+    """A disc of radius 0.9."""
     return np.sqrt(x * x + y * y) - 0.9
 
 
 def square(x, y):
+    """Half a side is 0.78."""
     return np.maximum(abs(x), abs(y)) - 0.78
 
 
 def triangle(x, y):
+    """Equilateral, on its base: three sides at 0.58 from a point below the centre."""
     y = y + 0.22
     return np.maximum(0.8660 * abs(x) + 0.5 * y, -y) - 0.58
 
 
 def diamond(x, y):
+    """Higher than it is wide: its corners lie at 0.62 and 1."""
     return 0.527 * (abs(x) / 0.62 + abs(y) - 1)
 
 
 def plus(x, y):
+    """Two bars of length 1.9 and width 0.6."""
     long = np.maximum(abs(x), abs(y))
     short = np.minimum(abs(x), abs(y))
     return np.maximum(long - 0.95, short - 0.3)
@@ -204,6 +208,7 @@ def star(x, y):
 
 
 def ring(x, y):
+    """Between the radii 0.5 and 0.9."""
     return abs(np.sqrt(x * x + y * y) - 0.7) - 0.2
 
 
@@ -228,7 +233,10 @@ DISTANCE = {
 
 
 def draw(scene, size, frame=0):
-    """Paint the scenes at one frame: uint8 (M, 3, H, W), H = W = size."""
+    """Paint the scenes at one frame: uint8 (M, 3, H, W), H = W = size.
+
+    Object by object and shape by shape over all images that show it: few large operations on arrays.
+    """
     r = scene["r"]
     room = 1 - 2 * r
 
@@ -271,9 +279,7 @@ def shapes(index, size=32, objects=(1, 1), mixed=False, frames=1, seed=0):
         scene = scenes(index[start:start + block], objects, mixed, frames, seed)
         for frame in range(frames):
             clips[start:start + block, frame] = draw(scene, size, frame)
-    if frames == 1:
-        return clips[:, 0]
-    return clips
+    return clips if frames > 1 else clips[:, 0]
 
 
 # --- Captions and words --------------------------------------------------------
@@ -292,24 +298,28 @@ WORDS = list(dict.fromkeys(split_words(" ".join(
     [*SENTENCE, *SIZES, *COLOURS, *SHAPES, *PLACES, *GROUNDS, *DIRECTIONS]))))
 
 
+PAD, START, END, UNKNOWN = range(4)  # the first ids of every vocabulary
+
+
 class Vocabulary:
     """Words and their ids: 0 padding, 1 start, 2 end, 3 unknown, then the words given (those of captions)."""
 
     def __init__(self, words=WORDS):
+        """words: an iterable of different str."""
         self.words = ["<pad>", "<start>", "<end>", "<unknown>", *words]
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text):
         """The ids of a text's words: a list of int, without start and end."""
-        return [self.ids.get(word, 3) for word in split_words(text)]
+        return [self.ids.get(word, UNKNOWN) for word in split_words(text)]
 
     def decode(self, ids):
         """The text up to the first <end>, with spaces as its script wants them."""
         words = []
         for i in ids:
-            if i == 2:
+            if i == END:
                 break
-            if i > 1:
+            if i > END:
                 words.append(self.words[i])
         text = " ".join(words)
         text = re.sub(rf"(?<=[{WIDE}]) (?=[{WIDE}])", "", text)     # none inside Chinese
@@ -342,7 +352,7 @@ def captions(index, objects=(1, 1), mixed=False, frames=1, seed=0):
 
 
 def direction(vx, vy):
-    """The word for the larger component of a velocity, y down."""
+    """The word for the larger component of a velocity (numbers, y down)."""
     if abs(vx) > abs(vy):
         return "right" if vx > 0 else "left"
     return "down" if vy > 0 else "up"
@@ -374,13 +384,13 @@ class Data:
     def __post_init__(self):
         count = len(self.images)
         labels = np.asarray(self.labels)
+        about = f"{self.name}: {count} {self.kind}, labels {labels.dtype} {labels.shape}"
         fits = count and labels.shape == (count,) and labels.dtype.kind in "iu" and labels.min() >= 0
-        found = f"{self.name}: {count} images, labels {labels.dtype} {labels.shape}"
-        require(fits, f"{found}: one class number each")
+        require(fits, f"{about}: one class number each, from 0 up, is wanted")
         if self.classes is None:
             self.classes = np.unique(labels if self.train_labels is None else self.train_labels)
             foreign = np.setdiff1d(labels, self.classes)
-            require(not len(foreign), f"{self.name}: label {foreign[:1]} of the test split is not in train")
+            require(len(foreign) == 0, f"{self.name}: label {foreign[:1]} of the test split is not in train")
             labels = np.searchsorted(self.classes, labels)
         K = len(self.classes)
         require(labels.max() < K, f"{self.name}: label {labels.max()} but {K} class names")
@@ -439,7 +449,7 @@ class Data:
 
 
 class Rows:
-    """Chosen rows of an array in a file, read from it when they are asked for."""
+    """Chosen rows of an array in a file, read from it when they are asked for; no copy of them is kept."""
 
     def __init__(self, base, rows):
         self.base = base
@@ -469,7 +479,10 @@ def release(array):
 
 
 def held_out(count, split, about="data", kind="images"):
-    """The positions of a split in data that knows none: every tenth is test. DataError where it is empty."""
+    """The positions (integers, sorted) of a split in data that knows none: every tenth is test.
+
+    DataError where the split is empty, which says how many of a `kind` there are in all.
+    """
     tenth = np.arange(count) % 10 == 9
     rows = np.flatnonzero(tenth == (split == "test"))
     require(len(rows), f"{about}: split {split}: 0 {kind} of {count}; without its own, test is every tenth")
@@ -479,14 +492,15 @@ def held_out(count, split, about="data", kind="images"):
 def describe(splits):
     """What {"train": Data or Pairs, ...} hold, in one line: "540 images, 2 classes (a, b), test 60"."""
     first, *others = splits
-    parts = [splits[first].summary()]
-    for name in others:
-        parts.append(f"{name} {len(splits[name])}")
-    return ", ".join(parts)
+    counts = [f", {name} {len(splits[name])}" for name in others]
+    return splits[first].summary() + "".join(counts)
 
 
 def require_images(dataset, split, least, why):
-    """UserError where a split is too small: "test split of folder:x: 3 images; FID needs 10"."""
+    """UserError where a split is too small: "test split of folder:x: 3 images; FID needs 10".
+
+    dataset: Data or Pairs; split: what it is called; why: who needs at least `least` of it.
+    """
     found = f"{split} split of {dataset.name}: {len(dataset)} {dataset.kind}"
     require(len(dataset) >= least, f"{found}; {why} needs {least}")
 
@@ -520,10 +534,16 @@ def open_data(spec, split="train", size=32, objects=(1, 1), mixed=False, frames=
 
 
 # --- Files and the cache -------------------------------------------------------
+# The cache holds what takes long to make and is the same every time: a download, decoded pictures, arrays
+# without their compression. Files appear in it whole or not at all, so that processes may share it. It may be
+# deleted at any time.
 
 @contextlib.contextmanager
 def reading(path):
-    """Turn whatever a missing or broken file provokes in decoders (zip, tar, JPEG ...) into one DataError."""
+    """Turn whatever a missing or broken file provokes in decoders (zip, tar, JPEG ...) into one DataError.
+
+    It names `path`, and the system's reason where there is one. A DataError from within passes as it is.
+    """
     try:
         yield
     except UserError:
@@ -535,7 +555,7 @@ def reading(path):
 
 @functools.cache
 def say(text):
-    """Print a line, once a process and on rank 0 alone."""
+    """Print a line, on rank 0 alone, and once a process: each split of a file would say the same."""
     if common.rank() == 0:
         tqdm.write(text.encode(errors="backslashreplace").decode())  # names of files may hold any bytes
 
@@ -546,7 +566,10 @@ def digest(value):
 
 
 def cache_path(name):
-    """Where a file of the cache is or may be made: CACHE or, in a read-only checkout, the system's folder."""
+    """Where a file of the cache is, or may be made: the Path in CACHE.
+
+    Where CACHE cannot be written, as in a read-only checkout, the system's temporary folder stands in for it.
+    """
     spare = Path(tempfile.gettempdir(), "papers-data")
     with contextlib.suppress(OSError):  # whether that went well is asked next
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -560,7 +583,8 @@ def cached(name, key, files, write, load):
     """load(path) of a file of the cache, which write(file) makes unless it is there already.
 
     Its name tells what it holds, `key`, and the state (size, time) of the `files` that it was made from: when
-    they change, a new one is made and the old one goes. One that was cut short is made anew.
+    they change, a new one is made and the old one goes. It appears complete or not at all; one that was cut
+    short later is made anew. write may raise DataError, which then is this function's.
     """
     state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     stem = re.sub(r"[^\w.-]", "_", Path(name).stem, flags=re.ASCII)[:40] + f"-{digest(key)}-"
@@ -578,7 +602,7 @@ def cached(name, key, files, write, load):
 
 
 def fetch(url, md5):
-    """Download a file into the cache, once; return its path."""
+    """Download a file into the cache, once; return its path. DataError where not all of it arrives."""
     path = cache_path(url.split("/")[-1])
 
     def write(file):
@@ -599,6 +623,8 @@ def fetch(url, md5):
 
 
 # --- Packs: npz files, CIFAR-10 as published -----------------------------------
+# A pack is {name: array}, whatever it was read from. Its arrays lie in a file that is memory-mapped: a batch
+# costs the memory of its rows, and all processes of a machine share what the system keeps of the file.
 
 class ArraysOnly(pickle.Unpickler):
     """Loads pickled containers of numbers, strings and arrays; refuses all else that a pickle could run."""
@@ -633,25 +659,35 @@ def cifar_arrays(path):
 
 
 def mapped(path):
-    """The arrays of an npz file without compression, memory-mapped in it: {name: array}."""
+    """The arrays of an npz file without compression, memory-mapped in it: {name: array}.
+
+    An npz is a zip file of .npy files; what is not compressed stands in it as it would stand alone, so that
+    the system can map it. np.load reads it all into memory instead.
+    """
     found = {}
     read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name == info.filename:
+                continue
             # A local header of 30 bytes, of which the last four are the lengths of a name and an extra field.
             file.seek(info.header_offset + 26)
             lengths = struct.unpack("<HH", file.read(4))
             file.seek(sum(lengths), os.SEEK_CUR)
             version, _ = np.lib.format.read_magic(file)
             shape, fortran, dtype = read_header[version](file)
-            require(not dtype.hasobject, f"{path}: {info.filename} holds Python objects (allow_pickle)")
+            require(not dtype.hasobject, f"{path}: {name} holds Python objects (allow_pickle)")
             order = "F" if fortran else "C"
-            found[info.filename.removesuffix(".npy")] = np.memmap(path, dtype, "r", file.tell(), shape, order)
+            found[name] = np.memmap(path, dtype, "r", file.tell(), shape, order)
     return found
 
 
 def unpack(path, out):
-    """Copy an npz file, without its compression, into the open file `out`; checksums are compared."""
+    """Copy an npz file, without its compression, into the open file `out`, in pieces of 1 MiB.
+
+    Python compares the checksum of each array at its end.
+    """
     with reading(path), zipfile.ZipFile(path) as archive, zipfile.ZipFile(out, "w") as copy:
         for name in archive.namelist():
             with archive.open(name) as source, copy.open(name, "w", force_zip64=True) as target:
@@ -678,7 +714,10 @@ def open_arrays(path):
 
 
 def check_finite(array, path, name):
-    """DataError with the index of the first NaN or infinity in a memory-mapped array; read block by block."""
+    """DataError with the index of the first NaN or infinity in a memory-mapped array: `name` in `path`.
+
+    Found before training, it has a name; later it would be a loss that is no number, at a chance step.
+    """
     for start in range(0, array.size, 2**20):
         count = min(2**20, array.size - start)
         place = array.offset + start * array.itemsize
@@ -691,37 +730,43 @@ def check_finite(array, path, name):
             raise DataError(f"{path}: {name}[{text}] is {values[bad[0]]}: numbers are wanted")
 
 
-TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # what a test split is called, the best first
+TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # of a test split, the best first
+PICTURES = ("images", "videos", "scan")                         # one of these makes a pack
+LATENTS = ("latents", "logvar", "latents_flip", "logvar_flip")  # the first alone must be there
 
 
 def open_pack(path, split, size, frames):
-    """`images` (M, H, W[, C]) or `videos` (M, F, H, W, C), uint8, C = 1 or 3; labels, captions, class_names.
+    """Pictures or clips in arrays. The pack at `path` (see open_arrays) holds, for splits of its own,
 
-    With splits: train_images, test_labels ... (or val_, valid_, validation_); JPEG streams (scan, offset, and
-    a header that all share) may stand for images. Without labels there is one class.
+    train_images, test_images   uint8 (M, H, W) or (M, H, W, C), C = 1 or 3
+    train_videos, test_videos   uint8 (M, F, H, W, C), in their place
+    train_scan, train_offset    JPEG files in their place: header (of all) + scan[offset[i]:offset[i + 1]]
+    train_labels, test_labels   (M,), integers; without any there is one class
+    train_captions ...          (M,), strings; optional
+    class_names                 (K,), strings; optional
+
+    test_ may read val_, valid_ or validation_. Names without such a beginning are training data; without a
+    test split every tenth image is test.
     """
     pack = open_arrays(path)
-    splits = {}
-    for prefix in ("train", "", *TEST_NAMES):
-        prefix += "_" * bool(prefix)
-        if any(prefix + kind in pack for kind in ("images", "videos", "scan")):
-            splits[prefix] = pack_images(pack, prefix, path, frames)
+    prefixes = ("train_", "", *(f"{name}_" for name in TEST_NAMES))
+    splits = [prefix for prefix in prefixes if any(prefix + kind in pack for kind in PICTURES)]
     train, *tests = splits or [None]
     require(train in ("train_", ""), f"{path}: holds {', '.join(pack)}: no images or videos to train on")
     own = tests[0] if tests and split == "test" else train
-    images = splits[own]
+    images = pack_images(pack, own, path, frames)
     labels = pack_labels(pack, own, len(images), path)
-    train_labels = pack_labels(pack, train, len(splits[train]), path)
-    texts = pack.get(own + "captions")
-    fits = len(labels) == len(images) and (texts is None or len(texts) == len(images))
+    train_labels = pack_labels(pack, train, len(images), path)
+    texts = pack.get(own + "captions", ())
+    fits = len(labels) == len(images) and len(texts) in (0, len(images))
     require(fits, f"{path}: {own}images {images.shape}: as many labels and captions are wanted")
     if not tests:
         rows = held_out(len(images), split, path)
+        train_labels = labels[held_out(len(images), "train", path)]
         images = Rows(images, rows)
         labels = labels[rows]
-        train_labels = train_labels[held_out(len(train_labels), "train", path)]
-        texts = texts if texts is None else texts[rows]
-    texts = texts if texts is None else texts.tolist()
+        texts = texts[rows] if len(texts) else texts
+    texts = [str(text) for text in texts] or None
     return Data(images, labels, pack.get("class_names"), texts, str(path), train_labels=train_labels)
 
 
@@ -729,9 +774,9 @@ def pack_images(pack, own, path, frames):
     """The images (M, 3, H, W) or clips (M, F, 3, H, W) of the split whose names begin with `own`: a view."""
     if own + "scan" in pack:
         head = pack["header"].tobytes()
-        scan = np.asarray(pack[own + "scan"])
-        ends = pack[own + "offset"].tolist()
-        jpegs = [(head, scan[a:b]) for a, b in zip(ends[:-1], ends[1:])]
+        scan = pack[own + "scan"].tobytes()
+        ends = pack[own + "offset"]
+        jpegs = [io.BytesIO(head + scan[a:b]) for a, b in zip(ends[:-1], ends[1:])]
         images = packed(f"{own}jpeg", str(path.absolute()), [path], jpegs, 0)
         pack = {own + "images": images.transpose(0, 2, 3, 1)}
     kind = "images" if own + "images" in pack else "videos"
@@ -749,7 +794,10 @@ def pack_images(pack, own, path, frames):
 
 
 def pack_labels(pack, own, count, path):
-    """labels (M,) of a split; zeros where the pack has none. DataError where they may have another name."""
+    """labels (M,) of a split; zeros where the pack has none. DataError where they may have another name.
+
+    A label under a name that nobody reads would make all images one class, without a word.
+    """
     if own + "labels" in pack:
         return pack[own + "labels"]
     for name, array in pack.items():
@@ -760,42 +808,53 @@ def pack_labels(pack, own, count, path):
 
 
 def open_latents(path, split, size, frames):
-    """`latents` (M, C, h, w) or (M, C, t, h, w), labels; optional class_names, scale (a number or one a
-    channel), and logvar, latents_flip, logvar_flip of the latents' shape. NaN or infinity is a DataError."""
+    """What an encoder left of images: the pack at `path` (see open_arrays) holds
+
+    latents                     floats (M, C, h, w) or (M, C, t, h, w): the means
+    logvar                      of the same shape: log-variances; optional, like all that follows
+    latents_flip, logvar_flip   of the same shape: those of the mirrored images
+    scale                       a number, or one a channel: makes latents of unit variance
+    class_names                 (K,), strings
+
+    and labels (M,), integers. Every split is the whole. NaN and infinity are a DataError.
+    """
     pack = open_arrays(path)
-    names = ("latents", "logvar", "latents_flip", "logvar_flip")
-    mean, *others = parts = [pack.get(name) for name in names]
-    fits = mean is not None and "labels" in pack and mean.dtype.kind == "f" and mean.ndim in (4, 5)
+    parts = {name: pack[name] for name in LATENTS if name in pack}
+    mean = parts.get("latents", np.empty(0))
+    fits = mean.ndim in (4, 5) and mean.dtype.kind == "f" and "labels" in pack
     wanted = "latents, floats (M, C, [t,] h, w), and labels (M,) are wanted"
     require(fits, f"{path}: holds {', '.join(pack)}: {wanted}")
-    fits = all(part is None or part.shape == mean.shape for part in others)
-    require(fits, f"{path}: {', '.join(names[1:])} must have the shape of latents, {mean.shape}")
+    for name, part in parts.items():
+        require(part.shape == mean.shape, f"{path}: {name} must have the shape of latents, {mean.shape}")
+
     scale = np.ravel(pack.get("scale", 1.0))
-    fits = scale.dtype.kind in "fiu" and len(scale) in (1, mean.shape[1]) and np.isfinite(scale).all()
-    fits = fits and scale.all()
-    require(fits, f"{path}: scale {scale}: one number, or one a channel, finite and not 0, is wanted")
+    fits = len(scale) in (1, mean.shape[1]) and scale.dtype.kind in "fiu"
+    require(fits and np.isfinite(scale).all() and scale.all(),
+            f"{path}: scale {scale}: one number, or one a channel, finite and not 0, is wanted")
     if len(scale) == 1:
         scale = scale.item()
     else:
-        scale = torch.tensor(scale).float().view(-1, *[1] * (mean.ndim - 2))
+        scale = torch.tensor(scale).float().view(-1, *[1] * (mean.ndim - 2))            # (C, 1, 1)
 
     def check(out):
-        for name, part in zip(names, parts):
-            if part is not None:
-                check_finite(part, path, name)
+        for name, part in parts.items():
+            check_finite(part, path, name)
 
     if mean.nbytes < 2**24:
         check(None)
     else:  # an empty file in the cache says that this state of the file is known to be good
-        files = sorted({Path(part.filename) for part in parts if part is not None})
+        files = sorted({Path(part.filename) for part in parts.values()})
         cached(path.name + ".checked", str(path.absolute()), files, check, Path)
-    return Data(mean, pack["labels"], pack.get("class_names"), None, str(path), True, *others, scale)
+    return Data(mean, pack["labels"], pack.get("class_names"), None, str(path), True, parts.get("logvar"),
+                parts.get("latents_flip"), parts.get("logvar_flip"), scale)
 
 
 # --- Folders of pictures -------------------------------------------------------
+# Decoding a batch of pictures takes longer than a step of a small model. So a folder is decoded once, at the
+# size that is asked for, into one array of the cache, which is memory-mapped from then on.
 
 def pillow():
-    """Pillow's modules Image and ImageOps, which requirements.txt does not name."""
+    """Pillow's modules Image and ImageOps. The package is optional: DataError where it is missing."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -816,27 +875,29 @@ def endings():
 
 
 def find_pictures(path):
-    """The pictures below a folder at any depth, as tuples of names, in their order; a count of what is not.
+    """The pictures below a folder at any depth, as sorted tuples of names; a Counter of what is left out.
 
-    Links to other folders are followed. Hidden files and folders are left out.
+    Hidden files and folders are left out, and what Pillow does not read. Links to other folders are followed.
+    The order depends on nothing but names. OSError where a folder cannot be read.
     """
+
     def stop(error):
         raise error
 
     pictures = []
     left = Counter()
     for where, folders, files in os.walk(path, onerror=stop, followlinks=True):
+        here = Path(where)
         for names in (folders, files):
             visible = [name for name in names if not name.startswith(".")]
             left["hidden"] += len(names) - len(visible)
             names[:] = visible
-        # a link to a folder that it lies in would never end
-        here = Path(where).resolve()
-        folders[:] = [name for name in folders if not here.is_relative_to(Path(where, name).resolve())]
+        # A link to a folder in which it lies itself would never end.
+        folders[:] = [name for name in folders if not here.resolve().is_relative_to((here / name).resolve())]
         for name in files:
             ending = Path(name).suffix.lower()
             if ending in endings():
-                pictures.append((*Path(where).relative_to(path).parts, name))
+                pictures.append((*here.relative_to(path).parts, name))
             else:
                 left[f"of type {ending or 'unknown'}"] += 1
     return sorted(pictures), left
@@ -845,23 +906,27 @@ def find_pictures(path):
 def arranged(path, pictures):
     """Which pictures train and which test: two lists of (class, picture); the second is None for no split.
 
-    A split is a folder of class folders, train/CLASS/... beside test/CLASS/... (or val, valid, validation);
-    a folder of that name which holds pictures is a class. Pictures without any class folder are one class.
+    A split is a folder of class folders; a folder called train or test that holds pictures is a class.
     """
     splits = {}
     for picture in pictures:
         if len(picture) > 2:
             splits.setdefault(picture[0].lower(), []).append((picture[1], picture))
-    test = next((splits[name] for name in TEST_NAMES if name in splits), None)
+    tests = [splits[name] for name in TEST_NAMES if name in splits]
+    test = tests[0] if tests else None
     if "train" in splits:
         return splits["train"], test
     labelled = [(picture[0], picture) for picture in pictures if len(picture) > 1]
     require(not test or len(test) < len(labelled), f"{path}: a test split, but no train/CLASS/... beside it")
-    return labelled or [(path.name, picture) for picture in pictures], None
+    return labelled or [(path.resolve().name, picture) for picture in pictures], None
 
 
 def open_folder(path, split, size, frames):
-    """PATH/CLASS/..., or PATH/train/CLASS/... beside PATH/test or PATH/val, or PATH/NAME.png ...: one class.
+    """Pictures in folders:
+
+    PATH/CLASS/...          every tenth picture is test
+    PATH/train/CLASS/...    beside PATH/test/CLASS/... (or val, valid, validation), or else as above
+    PATH/NAME.png ...       without class folders: one class
 
     Every file type that Pillow reads, at any depth below the class. What is left out is said, with a count.
     """
@@ -870,22 +935,23 @@ def open_folder(path, split, size, frames):
     fits = pictures and frames == 1
     require(fits, f"{path}: stills in CLASS/*.jpg, *.png ... are wanted; clips come in npz")
     train, test = arranged(path, pictures)
-    left["outside the class folders"] = len(pictures) - len(train) - len(test or ())
+    left["in other folders"] = len(pictures) - len(train) - len(test or ())
     text = ", ".join(f"{count} {what}" for what, count in left.items() if count)
     if text:
         say(f"{path}: left out: {text}")
+
+    chosen = test if split == "test" else train
     if test is None:
-        test = [train[i] for i in held_out(len(train), "test", path)] if split == "test" else []
+        chosen = [train[i] for i in held_out(len(train), split, path)]
         train = [train[i] for i in held_out(len(train), "train", path)]
     classes = sorted({name for name, _ in train})
-    chosen = test if split == "test" else train
+    numbers = {name: k for k, name in enumerate(classes)}
     for name, _ in chosen:
-        require(name in classes, f"{path}: class {name} is in the test split, but none of train's")
-    labels = np.array([classes.index(name) for name, _ in chosen])
+        require(name in numbers, f"{path}: class {name} is in the test split, but none of train's")
+    labels = np.array([numbers[name] for name, _ in chosen])
     files = [path.joinpath(*picture) for _, picture in chosen]
     key = (str(path.absolute()), size, split == "test")
-    images = packed(path.name, key, files, files, size)
-    return Data(images, labels, classes, None, str(path))
+    return Data(packed(path.resolve().name, key, files, files, size), labels, classes, None, str(path))
 
 
 def packed(name, key, files, sources, size):
@@ -893,6 +959,7 @@ def packed(name, key, files, sources, size):
 
     The `files` are those they come from. The way to RGB is part of the key: when it changes, so do packs.
     """
+
     def write(out):
         shape = None
         images = tqdm(decoded(sources, size), f"packing {name}", len(sources), disable=None)
@@ -901,32 +968,23 @@ def packed(name, key, files, sources, size):
                 shape = image.shape
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(sources), *shape)}
                 np.lib.format.write_array_header_1_0(out, header)
-            fits = image.shape == shape
-            require(fits, f"{about(source)}: mixed image sizes {shape}, {image.shape}: scale them")
+            require(image.shape == shape, f"{source}: mixed image sizes {shape}, {image.shape}: scale them")
             out.write(image.tobytes())
 
     recipe = inspect.getsource(rgb) + inspect.getsource(eight_bits)
     return cached(f"{name}.npy", (key, recipe), files, write, functools.partial(np.load, mmap_mode="r"))
 
 
-def about(source):
-    """What errors call a source of a picture: its path."""
-    return source if isinstance(source, Path) else "a JPEG stream"
-
-
 def decoded(sources, size):
     """Yield pictures as uint8 RGB (3, H, W); unless size is 0, scaled and the centre cut out.
 
-    A source is a path, or the parts of a file's bytes. Of an animation or several pages the first counts.
+    A source is a path or an open file. Of an animation or several pages the first counts.
     """
     Image, ImageOps = pillow()
 
     def picture(source):
-        file = source
-        if not isinstance(source, Path):
-            file = io.BytesIO(b"".join(map(bytes, source)))
-        with reading(about(source)), Image.open(file) as image:
-            image = rgb(image, about(source))
+        with reading(source), Image.open(source) as image:
+            image = rgb(image, source)
             if size:
                 image = ImageOps.fit(image, (size, size))
             return np.asarray(image).transpose(2, 0, 1)
@@ -937,7 +995,11 @@ def decoded(sources, size):
 
 
 def rgb(image, about):
-    """An open picture of any of Pillow's modes as 8-bit RGB, upright; what is transparent lies on white."""
+    """An open picture of any of Pillow's modes as 8-bit RGB, upright.
+
+    What is transparent lies on white: the colour under full transparency, which may be any, does not show.
+    More than 8 bits are scaled (eight_bits); Pillow itself would cut them off at 255. `about` is for errors.
+    """
     Image, ImageOps = pillow()
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     clear = image.info.get("transparency")
@@ -976,6 +1038,7 @@ def eight_bits(values, sixteen, about):
 
 
 # --- Text: WordPiece and GLUE --------------------------------------------------
+# A text becomes words (spaced), words become pieces of the vocabulary (pieces), and pieces its ids (encode).
 
 HAN = ("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
        "\U0002f800-\U0002fa1f]")
@@ -1153,7 +1216,7 @@ MOST = 10_000  # numbers from 0 to 9,999 have words
 
 
 def number_words(language, n):
-    """n (0..9999) in words: number_words("vi", 1015) = "một nghìn không trăm mười lăm"."""
+    """n (0..9999) in words: number_words("vi", 1015) = "một nghìn không trăm mười lăm". DataError beyond."""
     require(0 <= n < MOST, f"{n}: words are known for 0 to {MOST - 1}")
     _, digits, tens, hundred, thousand, rules = NUMERALS[language]
     digits = digits.split()
@@ -1197,7 +1260,10 @@ class Pairs:
 
 
 def parse_limit(text):
-    """How many numbers `numbers:TEXT` means, all for no text: an int from 2 to 10,000, or a DataError."""
+    """How many numbers `numbers:TEXT` means, all for no text: an int from 2 to 10,000, or a DataError.
+
+    ASCII digits alone: other scripts' digits and signs are refused.
+    """
     text = str(text) or str(MOST)
     fits = re.fullmatch(r"[0-9]{1,5}", text) and 2 <= int(text) <= MOST
     require(fits, f"numbers:{text}: give 2 to {MOST}: words are known for 0 to {MOST - 1}")
@@ -1205,7 +1271,10 @@ def parse_limit(text):
 
 
 def number_rows(split, languages, limit, tests):
-    """Rows (from, to, source, target) of a split, and all texts that may occur."""
+    """Rows (from, to, source, target) of a split, as str, and all texts that may occur in any.
+
+    Which numbers are test depends on the number alone, so that none of them is in training in any direction.
+    """
     words = {language: [number_words(language, n) for n in range(limit)] for language in languages}
     for_tests = uniform(np.arange(limit), 0) < 0.1
     numbers = np.flatnonzero(for_tests == (split == "test"))
@@ -1224,6 +1293,7 @@ def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit
     in each; a direction trains on as many others as the smaller of its languages has. A file has rows from,
     to, source, target, tabs between; every tenth is test; words its training rows lack are <unknown>. A token
     is a word: a number has ten at most, where spelling would take 60 steps of decoding and a long training.
+    DataError where a split is empty, a line broken or the limit beyond what has words.
     """
     name = f"numbers:{limit}"
     if path is None:
@@ -1238,8 +1308,8 @@ def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit
     tags = [f"<2{language}>" for language in languages]
     vocabulary = Vocabulary(dict.fromkeys([*tags, *split_words(" ".join(known))]))
     encode = functools.cache(vocabulary.encode)
-    source = [[vocabulary.ids[f"<2{row[1]}>"], *encode(row[2]), 2] for row in rows]
-    target = [[1, *encode(row[3]), 2] for row in rows]
+    source = [[vocabulary.ids[f"<2{row[1]}>"], *encode(row[2]), END] for row in rows]
+    target = [[START, *encode(row[3]), END] for row in rows]
     ways = [(row[0], row[1]) for row in rows]
     directions = sorted(set(ways))
     direction = np.array([directions.index(way) for way in ways])
@@ -1247,5 +1317,5 @@ def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit
 
 
 def padded(rows):
-    """Lists of ids as one array (M, the longest), 0 behind each."""
-    return np.array([*itertools.zip_longest(*rows, fillvalue=0)]).T
+    """Lists of ids as one array int64 (M, the longest), 0 behind each."""
+    return np.array([*itertools.zip_longest(*rows, fillvalue=PAD)]).T

@@ -5,10 +5,12 @@ import http.server
 import io
 import json
 import math
+import os
 import pickle
 import re
 import tarfile
 import threading
+import zipfile
 
 import common
 import data
@@ -500,6 +502,13 @@ def test_captions_of_another_number():
     refused("captions are not 3", data.Data, images, labels, captions=["a"])
 
 
+def test_members_that_are_no_arrays_are_passed_over(pack, tmp_path):
+    spec = pack()
+    with zipfile.ZipFile(tmp_path / "pack.npz", "a") as archive:
+        archive.writestr("readme.txt", "hello")
+    assert len(data.open_data(spec, size=4)) == 18
+
+
 @pytest.mark.parametrize("kind", ["npz", "video", "latents", "folder", "cifar10"])
 def test_missing_and_unreadable_files(kind, tmp_path):
     line = refused("absent", data.open_data, f"{kind}:{tmp_path}/absent")
@@ -583,7 +592,7 @@ def test_broken_latents(tmp_path):
     for arrays, line in (
             (dict(labels=y), "holds labels: latents"), (dict(latents=z), "labels (M,) are wanted"),
             (dict(latents=z.astype(int), labels=y), "floats"), (dict(latents=z[0], labels=y), "floats"),
-            (dict(latents=z, labels=y[:5]), "6 images, labels int64 (5,)"),
+            (dict(latents=z, labels=y[:5]), "6 latents, labels int64 (5,)"),
             (dict(latents=z, labels=y, logvar=z[:5]), "must have the shape of latents"),
             (dict(latents=z, labels=y, latents_flip=z[..., :2]), "must have the shape of latents")):
         np.savez(tmp_path / "z.npz", **arrays)
@@ -920,7 +929,7 @@ def test_a_folder_of_any_depth_and_type_in_the_order_of_names(tmp_path, fakes, c
     assert numbers(root, "train") == (["a", "b"], [(3, 0), (1, 0), (2, 1), (0, 1)]) and len(train) == 4
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.startswith(f"{root}: left out: 3 hidden, ")
-    for part in ("1 of type .txt", "1 of type .mp4", "1 of type unknown", "1 outside the class folders"):
+    for part in ("1 of type .txt", "1 of type .mp4", "1 of type unknown", "1 in other folders"):
         assert part in said
     numbers(root, "train")
     assert capsys.readouterr().out == ""                                # said once
@@ -935,7 +944,7 @@ def test_splits_of_a_folder_share_the_classes_of_train(tmp_path, fakes, capsys):
     refused("class zebra is in the test split, but none of train's", data.open_data, f"folder:{root}", "test", 4)
     imagenet = put(tmp_path / "imagenet", "train/a/1.png", "train/b/1.png", "val/b/1.png", "test/1.png", "test/2.png")
     assert numbers(imagenet, "test") == (["a", "b"], [(2, 1)])
-    assert "2 outside the class folders" in capsys.readouterr().out
+    assert "2 in other folders" in capsys.readouterr().out
     alone = put(tmp_path / "alone", *(f"train/{'ab'[k // 10]}/{k:02}.png" for k in range(20)))
     assert numbers(alone, "test") == (["a", "b"], [(9, 0), (19, 1)]) and len(numbers(alone, "train")[1]) == 18
     refused("no train/CLASS", numbers, put(tmp_path / "val only", "val/a/1.png", "val/b/2.png"), "train")
@@ -964,6 +973,17 @@ def test_a_class_folder_may_be_a_link(tmp_path, fakes):
     assert numbers(tmp_path / "linked", "train") == (["a", "b"], [(0, 0), (1, 0), (0, 1)])
     (tmp_path / "linked" / "b" / "loop").symlink_to(tmp_path / "linked")
     assert len(numbers(tmp_path / "linked", "train")[1]) == 3           # which ends
+
+
+def test_names_that_are_no_text(tmp_path, fakes, capsys):
+    """A name of a file is bytes on Linux: neither the cache nor a message stumbles over it."""
+    odd = os.fsdecode(b"\xff\xfe")
+    try:
+        root = put(tmp_path / odd, f"{odd}/1.png", "b/2.png", f"{odd}.bin")
+    except OSError:
+        pytest.skip("this system wants text")
+    assert [*zip(*numbers(root, "train")[1])] == [(1, 0), (0, 1)]
+    assert "left out: 1 of type .bin" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cut", [0.9, 0.3, 0.0])
