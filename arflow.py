@@ -109,8 +109,8 @@ TARGET = 0.61
 # --- Building blocks ---------------------------------------------------------
 #
 # Hybrid attention over the images i = 1 ... n of a sequence, in one head: Q_i, K_i, V_i (N, d), log decays
-# g_i (N), all <= 0, and a state S_i (d, d), S_1 = 0. Chunkwise linear attention, an image a chunk, but with
-# full softmax inside; the state has no feature map, no rotation and no denominator.
+# g_i (N), all <= 0, and a state S_i (d, d), S_1 = 0. It is chunkwise linear attention with an image for a
+# chunk and full softmax inside; the linear part has no feature map, no rotation and no denominator.
 #
 # A15  G_ij = g_i1 + ... + g_ij                             running sum over the tokens of image i, row by row
 # A16  gamma_i = exp(mean_j g_ij)                           decay of the state: by the mean, not the sum
@@ -124,7 +124,7 @@ TARGET = 0.61
 
 
 def hybrid(q, k, v, log_decay, S, query_decay=True):
-    """Hybrid attention as a loop over the images (A15 to A18).
+    """Hybrid attention as a loop over the images (A15, A16, A17, A18).
 
     q, k, v (B, n, H, N, d), k already times d^-1/2; log_decay (B, n, H, N); S (B, H, d, d), at first zeros.
     Returns the outputs (B, n, H, N, d), and S behind the last image.
@@ -176,12 +176,12 @@ def split_heads(x, H):
 class Attention(nn.Module):
     """Hybrid attention with its projections, norms and gates; always in fp32.
 
-    A11  q, k, v, z = W_q x, W_k x, W_v x, W_z x;  a = W_a (x + c)     c without SiLU: time and label decide
-                                                                       what to forget
-    A12  q, k, v <- rms_norm(q), rms_norm(k), rms_norm(v)              over the full width D, before the heads
-    A13  g = logsigmoid(a) / 16                                        at first exp(g) = 0.96: 23 images
-    A14  k <- k d^-1/2                                                 for the softmax and for the state
-    A20  y = W_out (rms_norm(O) SiLU(z))                               in each head; bounds what S adds up
+    A11  q, k, v, z = W_q x, W_k x, W_v x, W_z x      and a = W_a (x + c): time and label may decide what to
+                                                      forget, so c comes raw, not through SiLU as in Block
+    A12  q, k, v <- rms_norm of each                  over the full width D, before the split into heads
+    A13  g = logsigmoid(a) / 16                       at first exp(g) = 0.96, a memory of some 23 images
+    A14  k <- k d^-1/2                                once, for the softmax and for the state
+    A20  y = W_out (rms_norm(O) SiLU(z))              the norm, in each head, bounds what S has added up
     """
 
     def __init__(self, D, H, query_decay):
@@ -222,8 +222,7 @@ class PlainAttention(nn.Module):
 
     def forward(self, x, c, S):
         """As Attention.forward; c is not used and S comes back unchanged."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                              # (B, n, N, 3, H, d)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                                         # each (B, n, H, N, d)
+        q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, -1))        # each (B, n, H, N, d)
         o = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)                  # (B, n, N, D)
         return self.out(o), S                                                     # (B, n, N, D), (B, H, d, d)
 
@@ -419,7 +418,7 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, cfg_channels=3, co
     states = None
     trajectory = [x.cpu()]
     for i, t in enumerate(times.tolist()):
-        # S was trained on other images of the class; here it holds this image's own past. By design.
+        # In training S held other images of the class, here it holds this image's own past: by design.
         v, states = guided_velocity(model, x, t, y, states, cfg_scale, cfg_channels)
         if context == "reset":
             states = None
@@ -437,6 +436,7 @@ def sample_blocks(model, cfg, labels):
     """Samples of labels (M,), 100 at a time: yields images (m, C, h, w) and 9 snapshots (m, 9, C, h, w)."""
     device = model.pos_embed.device
     context = cfg.context if cfg.images > 1 else "reset"                # n = 1 never learnt to read a state
+    # eight noisy images, evenly spaced, and the last
     snapshots = [round(i * (cfg.num_steps - 1) / 8) for i in range(8)] + [cfg.num_steps]
     for start in tqdm(range(0, len(labels), 100), desc="sampling", disable=len(labels) <= 100, leave=False):
         y = torch.as_tensor(labels[start:start + 100], device=device)
@@ -458,7 +458,7 @@ def sample_many(model, cfg, labels):
 def draw(dataset, cfg, step, device):
     """A step's batch and draws for `loss`: drawn for the global batch, cut to this rank's share of B.
 
-    Each sequence: a label, uniform over the classes; n different images of it, each with its own flip;
+    A sequence is a label, uniform over the classes, and n different images of it, each flipped or not.
 
     A1   x1 = scale (mean + exp(clamp(logvar, -30, 20) / 2) noise)     of latents, drawn afresh at every step
     A2   t_1 <= ... <= t_n, uniform numbers in ascending order         so image 1 is the noisiest
@@ -480,8 +480,7 @@ def draw(dataset, cfg, step, device):
     index = common.shard(np.stack(index)).reshape(-1)
     flip = common.shard(flip).reshape(-1)
     if dataset.latent:
-        shape = (B, n, *dataset.images.shape[1:])
-        noise = common.shard(torch.randn(shape, generator=cpu_generator))
+        noise = common.shard(torch.randn(B, n, *dataset.images.shape[1:], generator=cpu_generator))
         x1 = dataset.latents(index, flip, noise.flatten(0, 1))
     else:
         x1 = dataset.pixels(index)
@@ -544,7 +543,7 @@ def train(cfg):
 
 
 def check(cfg):
-    """What relates two fields; UserError with one line."""
+    """What relates two fields of a request; UserError with one line."""
     common.require(cfg.size % cfg.patch == 0, f"--patch {cfg.patch}: must divide --size {cfg.size}")
     common.require(cfg.width % cfg.heads == 0, f"--heads {cfg.heads}: must divide --width {cfg.width}")
     common.require(cfg.width % 4 == 0, f"--width {cfg.width}: must be a multiple of 4 (see sincos_pos_embed)")
@@ -662,9 +661,11 @@ def sample_checkpoint(cfg):
     """
     device = common.device_of(cfg)
     saved = common.read_checkpoint(cfg.sample, "arflow", device)
-    weights = saved["state"]["ema"]
-    K = len(weights["label.weight"]) - 1
-    ema = ARFlow(cfg, weights["embed.weight"].shape[1], K, weights["latent_scale"]).to(device)
+    weights = saved["state"].get("ema")
+    readable = isinstance(weights, dict) and {"label.weight", "embed.weight"} <= weights.keys()
+    common.require(readable, f"{cfg.sample}: field state holds no averaged weights")
+    K = len(weights["label.weight"]) - 1                                # the weights alone know their sizes
+    ema = ARFlow(cfg, weights["embed.weight"].shape[1], K, weights.get("latent_scale", 1)).to(device)
     common.load_into({"ema": ema}, saved, cfg.sample)
     latent = cfg.data.startswith("latents:")
     common.require(not (cfg.export and latent), "--export: these are latents; decode them with their VAE")

@@ -803,6 +803,53 @@ def test_sample_writes_grids_and_the_export(trained, tmp_path, monkeypatch):
     assert (trained / "last.pt").read_bytes() == before
 
 
+def test_export_to_a_folder_writes_pngs(trained, tmp_path, monkeypatch):
+    """For pytorch-fid, clean-fid and torch-fidelity; any path but an .npz is a folder."""
+    monkeypatch.chdir(tmp_path)
+    run("--sample", str(trained / "last.pt"), "--count", "5", "--export", "pictures")
+    files = sorted(Path("pictures").iterdir())
+    assert [file.name for file in files] == [f"{i:06}.png" for i in range(5)] and list(tmp_path.iterdir()) == [Path("pictures").resolve()]
+    assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for file in files)
+
+
+def test_an_export_is_the_same_in_any_number_of_blocks(trained, tmp_path, monkeypatch):
+    """The first images of a longer export are those of a shorter one of whole blocks."""
+    monkeypatch.chdir(tmp_path)
+    for count in (100, 203):
+        run("--sample", str(trained / "last.pt"), "--count", str(count), "--export", f"{count}.npz")
+    short, long = np.load("100.npz")["arr_0"], np.load("203.npz")["arr_0"]
+    assert len(long) == 203 and np.array_equal(long[:100], short)
+
+
+def test_class_names_travel_from_the_data_into_samples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez("own.npz", images=images, labels=np.arange(40) // 2 % 2, class_names=np.array(["cat", "dog"]))
+    run(*TINY, "--data", "npz:own.npz")
+    seen = []
+    monkeypatch.setattr(arflow, "pictures", lambda folder, snapshots, labels, names: seen.append(list(names)))
+    run("--sample", "runs/arflow/demo/last.pt", "--count", "2")
+    assert seen == [["cat", "dog"]]
+
+
+def test_the_animation_begins_with_its_result(tmp_path, monkeypatch):
+    """A viewer that shows a still shows the first frame."""
+    drawn = {}
+    monkeypatch.setattr(common, "png", lambda path, picture, **_: drawn.update({path.name: np.asarray(picture)}))
+    snapshots = torch.linspace(-1, 1, 9)[None, :, None, None, None].expand(6, 9, 3, 8, 8)
+    arflow.pictures(tmp_path, snapshots, np.arange(6) % 2, ["a", "b"])
+    brightness = drawn["denoising.png"][:, -20:].reshape(12, -1).mean(1)
+    assert (np.diff(brightness[4:]) > 0).all() and (brightness[:4] > brightness[4:].max()).all()
+
+
+@pytest.mark.parametrize("state", [{}, {"ema": []}, {"ema": {"label.weight": torch.ones(3, 2)}}, {"model": {}}])
+def test_a_checkpoint_without_averaged_weights_is_one_line(state, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved = torch.load(trained / "last.pt", weights_only=True)
+    torch.save({**saved, "state": state}, "broken.pt")
+    assert "broken.pt: field state" in refused(run, ["--sample", "broken.pt"], capsys)
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--preset", "small"], "--preset small"), (["--width", "32"], "--width 32"), (["--classes", "10"], "0 to 9"),
     (["--classes", "a"], "--classes a"), (["--classes", "3,,5"], "--classes 3,,5"), (["--cfg_scale", "nan"], "--cfg_scale nan")])
