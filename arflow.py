@@ -1,15 +1,15 @@
 """ARFlow: Autoregressive Flow with Hybrid Linear Attention (arXiv 2501.16085)
 
 A flow-matching transformer that remembers. It trains on sequences of n different pictures of one class, the
-noisiest first, and predicts the velocity of each. Attention is full softmax inside an image; across images a
-gated linear attention runs, whose whole memory is one d x d matrix S a head. In sampling the sequence is the
+noisiest first, and predicts the velocity of each. Inside an image attention is full softmax; across images it
+is gated and linear, and its whole memory is one d x d matrix S a head. In sampling the sequence is the
 denoising trajectory itself: each step reads S, then writes the current noisy image into it.
 
     image 1 (noisiest)      image 2                 image n (cleanest)
     [softmax inside] --S--> [softmax inside] --S--> [softmax inside]        S <- gamma S + K^T V
        velocity 1              velocity 2              velocity n
 
-The demo reaches a class accuracy of 0.82 (200 samples, mean of 5 seeds) in 3 minutes on two CPU cores.
+The demo: class accuracy 0.82 (200 samples, mean of 5 seeds) in 3 minutes on two CPU cores.
 
 Run:      python arflow.py                          demo: learns to draw shapes, leaves pictures
           python arflow.py --gpus 2                 the same in two processes
@@ -17,10 +17,10 @@ Run:      python arflow.py                          demo: learns to draw shapes,
           python arflow.py --preset ARFlow-XL/2@256 --data latents:imagenet256.npz --gpus 8
           python arflow.py --sample runs/arflow/demo/last.pt --classes 6,9 --cfg_scale 3
 Faithful: sequences, times, conditioning, block, hybrid attention, initialisation, loss, optimizer, sampler
-          and guidance, as in the authors' code. Equations A1 to A22 stand where they are computed.
+          and guidance, as in the authors' code. A1 to A22 are our numbers; the equations stand in the code.
 Scaled:   the demo's model, its learning rate with warm-up and cooldown, its EMA, its 50 steps: see PRESETS.
-Left out: making VAE latents (vitok.py exports its own, the README shows how to cache SD-VAE's); FID itself
-          (--export writes what FID tools read).
+Left out: VAE latents (vitok.py exports its own, the README caches SD-VAE's); FID (--export writes what
+          its tools read).
 Letters:  B sequences, n images a sequence, C channels, h w sides of an image or latent, p patch, N tokens an
           image, D width, H heads, d = D/H, K classes (label K: none). Time: t = 0 is noise, t = 1 is data.
 CUDA:     never run on CUDA.
@@ -114,10 +114,10 @@ TARGET = 0.61
 #
 # A15  G_ij = g_i1 + ... + g_ij                             running sum over the tokens of image i, row by row
 # A16  gamma_i = exp(mean_j g_ij)                           decay of the state: by the mean, not the sum
-# A17  O_i = softmax(Q_i K_i^T) V_i + exp(G_i) Q_i S_i      an image reads itself, and what is past from S
+# A17  O_i = softmax(Q_i K_i^T) V_i + exp(G_i) Q_i S_i      an image reads itself, and the past from S
 # A18  S_(i+1) = gamma_i S_i + K_i^T V_i                    then it is written into S, undecayed
 #
-# A19  O = M V over all n N tokens at once. For token a of image r and token b of image s:
+# A19  O = M V over all n N tokens at once; for token a of image r and token b of image s
 #          M_ab = softmax over b of q_a k_b                 s = r
 #          M_ab = q_a k_b exp(G_a + C_(r-1) - C_s)          s < r, with C_i = log(gamma_1 ... gamma_i)
 #          M_ab = 0                                         s > r
@@ -131,7 +131,7 @@ def hybrid(q, k, v, log_decay, S, query_decay=True):
     """
     outputs = []
     for Q, K, V, g in zip(q.unbind(1), k.unbind(1), v.unbind(1), log_decay.unbind(1)):
-        # An image looks at all of itself, and through S at all images before it.
+        # An image looks at all of itself, and through S at the images before it.
         inside = F.scaled_dot_product_attention(Q, K, V, scale=1.0)                             # (B, H, N, d)
         past = Q @ S                                                                            # (B, H, N, d)
         if query_decay:
@@ -144,7 +144,10 @@ def hybrid(q, k, v, log_decay, S, query_decay=True):
 
 
 def hybrid_matrix(q, k, v, log_decay, query_decay=True):
-    """The same outputs from an empty S by one masked product (A19), quadratic in n: the test of `hybrid`."""
+    """The same outputs, from an empty S, by one masked product (A19): quadratic in n, the test of `hybrid`.
+
+    The tokens of all images stand in one row; `image` is the number of each token's image.
+    """
     B, n, H, N, d = q.shape
     q, k, v = (x.transpose(1, 2).flatten(2, 3) for x in (q, k, v))                       # each (B, H, n*N, d)
     image = torch.arange(n * N, device=q.device) // N                                                  # (n*N)
@@ -164,7 +167,7 @@ def hybrid_matrix(q, k, v, log_decay, query_decay=True):
 
 
 def rms_norm(x):
-    """x over its root mean square along the last axis; without a weight."""
+    """x over its root mean square along the last axis, without a weight."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
@@ -174,10 +177,10 @@ def split_heads(x, H):
 
 
 class Attention(nn.Module):
-    """Hybrid attention with its projections, norms and gates; always in fp32.
+    """Hybrid attention with its projections, norms and gates, always in fp32.
 
-    A11  q, k, v, z = W_q x, W_k x, W_v x, W_z x      and a = W_a (x + c): time and label may decide what to
-                                                      forget, so c comes raw, not through SiLU as in Block
+    A11  q, k, v, z, a = W_q x, W_k x, W_v x, W_z x, W_a (x + c)      time and label help to decide what to
+                                                      forget; c comes raw here, in Block through SiLU
     A12  q, k, v <- rms_norm of each                  over the full width D, before the split into heads
     A13  g = logsigmoid(a) / 16                       at first exp(g) = 0.96, a memory of some 23 images
     A14  k <- k d^-1/2                                once, for the softmax and for the state
@@ -212,7 +215,7 @@ class Attention(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """SiT's attention, for --block sit: softmax in each image, with biases; no norm, no gate, no state."""
+    """SiT's attention, for --block sit: softmax in each image, biases, no norms, gates or state."""
 
     def __init__(self, D, H):
         super().__init__()
@@ -221,19 +224,19 @@ class PlainAttention(nn.Module):
         self.out = nn.Linear(D, D)
 
     def forward(self, x, c, S):
-        """As Attention.forward; c is not used and S comes back unchanged."""
+        """As Attention.forward; c idles and S comes back unchanged."""
         q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, -1))        # each (B, n, H, N, d)
         o = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)                  # (B, n, N, D)
         return self.out(o), S                                                     # (B, n, N, D), (B, H, d, d)
 
 
 def modulate(x, shift, scale):
-    """The affine part of a LayerNorm that the condition has computed."""
+    """The affine part of a LayerNorm, computed from the condition."""
     return x * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """Transformer block under adaLN-zero: every image's time and label shift, scale and gate its tokens.
+    """Transformer block with adaLN-zero: an image's time and label shift, scale and gate its tokens.
 
     A9   x <- x + gate_msa Attention(modulate(LN(x), shift_msa, scale_msa), c)
          x <- x + gate_mlp MLP(modulate(LN(x), shift_mlp, scale_mlp))      all six = W SiLU(c), at first zero
@@ -262,9 +265,9 @@ class Block(nn.Module):
 
 
 def sincos_pos_embed(side, D):
-    """The frozen position table (N, D), one for all images: nothing tells a token which image it is of.
+    """The frozen position table (N, D), the same for every image: no token knows the number of its image.
 
-    A7   row y side + x:  [sin(x w), cos(x w), sin(y w), cos(y w)],  w_j = 10000^(-j / (D/4)), j < D/4
+    A7   token in column x of row y:  [sin(x w), cos(x w), sin(y w), cos(y w)],  w_j = 10000^(-j / (D/4))
     """
     w = 10_000.0 ** (-torch.arange(D // 4, dtype=torch.float64) / (D // 4))
     angle = torch.arange(side)[:, None] * w
@@ -275,9 +278,9 @@ def sincos_pos_embed(side, D):
 
 
 def timestep_embedding(t):
-    """Times t (B, n) in [0, 1], not multiplied by 1000 -> (B, n, 256).
+    """Times t (B, n) in [0, 1], not in [0, 1000] -> (B, n, 256).
 
-    A8   [cos(t f), sin(t f)],  f_j = 10000^(-j / 128), j < 128;  then Linear, SiLU, Linear
+    A8   time(t) = W SiLU(W [cos(t f), sin(t f)]),  f_j = 10000^(-j / 128), j < 128
     """
     f = 10_000.0 ** (-torch.arange(128, device=t.device, dtype=t.dtype) / 128)
     angle = t[..., None] * f
@@ -285,12 +288,12 @@ def timestep_embedding(t):
 
 
 class ARFlow(nn.Module):
-    """The velocity network: patches to tokens, blocks that hand S from image to image, tokens to patches.
+    """The velocity network: patches to tokens, blocks that each keep a state S, tokens to patches.
 
     A6   c_i = label(y) + time(t_i)                             one label a sequence, one time an image
-    A10  v = unpatchify(W modulate(LN(x), shift, scale))        C of 2 C channels: the rest, DiT's, are unused
+    A10  v = unpatchify(W modulate(LN(x), shift, scale))        first C of 2 C channels; DiT's others idle
 
-    `latent_scale`, a number or one a channel, is kept for whoever decodes the samples.
+    `latent_scale`, a number or one a channel, waits for whoever decodes the samples.
     """
 
     def __init__(self, cfg, channels, classes, latent_scale=1.0):
@@ -313,7 +316,7 @@ class ARFlow(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """Xavier for the projections, N(0, .02) for the embeddings, zero where the output must start at 0."""
+        """Xavier for projections, N(0, .02) for embeddings, zero for modulations and output: v = 0 first."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.flatten(1))       # the patch convolution as a Linear
@@ -325,14 +328,14 @@ class ARFlow(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def empty_states(self, B):
-        """The states at the start of a sequence: one (B, H, d, d) of zeros a block."""
+        """The states before the first image: zeros (B, H, d, d), one a block."""
         d = self.label.embedding_dim // self.heads
         return [self.label.weight.new_zeros(B, self.heads, d, d) for _ in self.blocks]
 
     def forward(self, x, t, y, states=None):
         """Noisy images x (B, n, C, h, w), times t (B, n), labels y (B,), states of earlier images or None.
 
-        Returns the velocities (B, n, C, h, w) and the states, one (B, H, d, d) a block, to pass on.
+        Returns velocities (B, n, C, h, w) and the states for the next images, one (B, H, d, d) a block.
         """
         B, n, C, h, w = x.shape
         p = self.patch
@@ -355,17 +358,17 @@ class ARFlow(nn.Module):
 # --- Objective ---------------------------------------------------------------
 #
 # A4   x_t = t x1 + (1 - t) x0,  u = x1 - x0      the straight path from noise x0 to data x1, and its velocity
-# A5   L = mean (v(x_t, t, y) - u)^2              all positions of a sequence count alike; S is not detached
+# A5   L = mean (v(x_t, t, y) - u)^2              all images count alike, and gradients flow through S
 
 
 def interpolate(x1, x0, t):
-    """Points x_t and velocities u (B, n, C, h, w) of the path from x0 to x1 at times t (B, n)."""
+    """x_t and u (B, n, C, h, w) at times t (B, n) (A4)."""
     t = t[..., None, None, None]
     return t * x1 + (1 - t) * x0, x1 - x0
 
 
 def loss(model, batch, draws):
-    """Mean squared error of the velocity, and its parts (none beside it).
+    """Mean squared error of the velocity (A5), and a dict of further parts: none.
 
     batch: images x1 (B, n, C, h, w) in [-1, 1] or latents, labels y (B,).
     draws: "t" (B, n), "noise" x0 (B, n, C, h, w), "drop" (B,): sequences that lose their label.
@@ -379,9 +382,9 @@ def loss(model, batch, draws):
 # --- Sampling ----------------------------------------------------------------
 #
 # A21  dx = (v + w s) dt + sqrt(2 w) dW,  w = 1 - t      the SDE from noise at t = 0 to data at t = 1
-#      s = (t v - x) / (1 - t)                           its score is known from the velocity, and with this w
-#      v + w s = (1 + t) v - x                           the drift needs no second call, nor a division
-# A22  v = v_none + cfg_scale (v_y - v_none)             classifier-free guidance, in the first channels
+#      s = (t v - x) / (1 - t)                           the velocity gives the score without a second call,
+#      v + w s = (1 + t) v - x                           and w cancels its denominator
+# A22  v = v_none + cfg_scale (v_y - v_none)             classifier-free guidance
 
 LAST_TIME = 0.96                            # of the grid, as in the official sampler; a last step ends at 1
 
@@ -389,8 +392,8 @@ LAST_TIME = 0.96                            # of the grid, as in the official sa
 def guided_velocity(model, x, t, y, states, cfg_scale, cfg_channels):
     """One network call with guidance (A22): images x (B, C, h, w) at time t, labels y -> velocities, states.
 
-    With a label and without are rows of one batch: each keeps its own states, and both see the guided images.
-    Channels behind the first `cfg_channels` follow the label alone. At cfg_scale 1 there is no second half.
+    Half of the batch has labels, half has none; each row keeps its own states, and both see the same images.
+    Channels behind the first `cfg_channels` follow the label alone. cfg_scale 1 needs no second half.
     """
     if cfg_scale == 1:
         v, states = model(x[:, None], x.new_full((len(x), 1), t), y, states)
@@ -407,9 +410,9 @@ def guided_velocity(model, x, t, y, states, cfg_scale, cfg_channels):
 def sample(model, y, generator, num_steps=250, cfg_scale=1.0, cfg_channels=3, context="carry"):
     """Draw an image for each label y (B,) by Euler-Maruyama steps of the SDE (A21).
 
-    y and the generator are on the model's device. Returns images (B, C, h, w) and their trajectory: the
-    num_steps + 1 noisy images on the CPU. One network call a step, for a second one would write into S twice.
-    S begins empty; context "reset" empties it at every step, which shows what the memory is worth.
+    y and the generator are on the model's device. Returns images (B, C, h, w) and their trajectory, a list of
+    num_steps + 1 on the CPU. One network call a step: a second one would write into S twice. context "reset"
+    empties S at every step, to show what it is worth.
     """
     shape = (len(y), model.channels, model.size, model.size)
     x = torch.randn(shape, generator=generator, device=y.device)
@@ -418,7 +421,7 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, cfg_channels=3, co
     states = None
     trajectory = [x.cpu()]
     for i, t in enumerate(times.tolist()):
-        # In training S held other images of the class, here it holds this image's own past: by design.
+        # In training S held other images of the class; here, by design, it holds this image's own past.
         v, states = guided_velocity(model, x, t, y, states, cfg_scale, cfg_channels)
         if context == "reset":
             states = None
@@ -433,7 +436,7 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, cfg_channels=3, co
 
 
 def sample_blocks(model, cfg, labels):
-    """Samples of labels (M,), 100 at a time: yields images (m, C, h, w) and 9 snapshots (m, 9, C, h, w)."""
+    """Samples of labels (M,) in blocks of 100: yields images (m, C, h, w), snapshots (m, 9, C, h, w)."""
     device = model.pos_embed.device
     context = cfg.context if cfg.images > 1 else "reset"                # n = 1 never learnt to read a state
     # eight noisy images, evenly spaced, and the last
@@ -456,13 +459,13 @@ def sample_many(model, cfg, labels):
 
 
 def draw(dataset, cfg, step, device):
-    """A step's batch and draws for `loss`: drawn for the global batch, cut to this rank's share of B.
+    """A step's batch and draws for `loss`: drawn for the global batch B, cut to this rank's share.
 
     A sequence is a label, uniform over the classes, and n different images of it, each flipped or not.
 
-    A1   x1 = scale (mean + exp(clamp(logvar, -30, 20) / 2) noise)     of latents, drawn afresh at every step
-    A2   t_1 <= ... <= t_n, uniform numbers in ascending order         so image 1 is the noisiest
-    A3   x0_i ~ N(0, I)                                                each image has its own noise
+    A1   x1 = scale (mean + exp(clamp(logvar, -30, 20) / 2) noise)     latents are drawn afresh at every step
+    A2   t_1 <= ... <= t_n, uniform numbers in ascending order         image 1 is the noisiest
+    A3   x0_i ~ N(0, I)                                                noise of its own for each image
     """
     B = cfg.batch
     n = cfg.images
@@ -493,7 +496,7 @@ def draw(dataset, cfg, step, device):
 
 
 def learning_rate(cfg, step):
-    """Constant in the paper. Our choice for short runs: a linear rise, and in the end a fall to 2 %."""
+    """Constant in the paper. Our choice for short runs: a linear rise, and at the end a fall to 2 %."""
     rise = (step + 1) / max(1, cfg.warmup)
     fall = 1.0
     if cfg.cooldown:
@@ -503,14 +506,14 @@ def learning_rate(cfg, step):
 
 
 def optimizer(model, cfg):
-    """AdamW; weight decay .02 on tensors of two and more dimensions, the label table too, none on biases."""
+    """AdamW; weight decay .02 on tensors of two and more dimensions, also the label table; none on biases."""
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.02},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
 
 def train(cfg):
-    """Train on sequences of one class, save, draw; returns the exit code (1: the demo missed its target)."""
+    """Train, save, draw; returns the exit code (1: the demo missed its target)."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
     run = common.Run(cfg, classes=dataset.classes)
@@ -565,10 +568,7 @@ def open_split(cfg, split, count=20_000):
 
 
 def measured(cfg):
-    """Whether a run ends with class accuracy and Frechet distance.
-
-    Not on latents (the ruler judges pictures), and not after a few steps, which nobody wants to wait for.
-    """
+    """Whether a run ends with class accuracy and Frechet distance: of pictures, unless it is very short."""
     return cfg.steps >= 200 and not cfg.data.startswith("latents:")
 
 
@@ -593,10 +593,9 @@ def prepare(cfg):
 
 
 def pictures(folder, snapshots, labels, names):
-    """What became of the first samples: snapshots (m, 9, C, h, w) of labels (m,), at most ten classes.
+    """Of samples' snapshots (m, 9, C, h, w) and labels, at most ten classes and eight samples each:
 
-    samples.png: a row a class; trajectory.png: one sample a class, from noise to the end; denoising.png: the
-    same as an animation.
+    samples.png, a row a class; trajectory.png, one sample a class on its way; denoising.png, an animation.
     """
     labels = labels[:len(snapshots)]
     shown = sorted(set(labels.tolist()))[:10]
@@ -607,7 +606,7 @@ def pictures(folder, snapshots, labels, names):
     times = [f"t={LAST_TIME * i / 8:.2f}" for i in range(8)] + ["sample"]
     common.columns_png(folder / "samples.png", x[:, :, -1].unbind(1), rows=titles)
     common.columns_png(folder / "trajectory.png", x[:, 0].unbind(1), heads=times, rows=titles)
-    # Three samples a class keep the file small. The end comes first: it is what a viewer shows of a still.
+    # Three samples a class, to keep it small. The end comes first: viewers show the first frame as a still.
     x = common.to_uint8(x[:, :3].transpose(0, 1).flatten(0, 1))         # (samples * classes, 9, C, h, w)
     scale = max(1, 48 // x.shape[-1])
     frames = [common.grid(x[:, i], len(shown), heads=titles, scale=scale) for i in (8, 8, 8, 8, *range(8))]
@@ -615,7 +614,7 @@ def pictures(folder, snapshots, labels, names):
 
 
 def preview(run, ema, cfg, dataset):
-    """Two samples of each of the first ten classes, as pictures in the run's folder; none of latents."""
+    """Pictures of two samples of each of the first ten classes; none of latents."""
     if dataset.latent:
         return
     labels = np.tile(np.arange(min(10, len(dataset.classes))), 2)
@@ -624,10 +623,9 @@ def preview(run, ema, cfg, dataset):
 
 
 def finish(run, ema, cfg, dataset):
-    """The end of a run: pictures, and what the ruler says of cfg.count samples; False: below the target.
+    """Pictures, and what the ruler, a classifier apart from all training, says of cfg.count samples.
 
-    The ruler is a small classifier that no training has seen. Its class accuracy is held against TARGET in a
-    run of exactly the demo's settings.
+    False: below TARGET, which holds for a run of exactly the demo's settings.
     """
     if not measured(cfg):
         preview(run, ema, cfg, dataset)
@@ -656,8 +654,8 @@ def finish(run, ema, cfg, dataset):
 def sample_checkpoint(cfg):
     """--sample: draw from a checkpoint's averaged weights; its run stays as it is.
 
-    Pictures of at most 100 samples, or all latents, go to --out, by default samples/ beside the checkpoint.
-    All samples go to --export; then there are pictures only with --out.
+    Pictures of at most 100 samples, or all latents, go to --out. All samples go to --export; then there are no
+    pictures without --out.
     """
     device = common.device_of(cfg)
     saved = common.read_checkpoint(cfg.sample, "arflow", device)
