@@ -654,8 +654,8 @@ def finish(run, ema, cfg, dataset):
 def sample_checkpoint(cfg):
     """--sample: draw from a checkpoint's averaged weights; its run stays as it is.
 
-    Pictures of at most 100 samples, or all latents, go to --out. All samples go to --export; then pictures are
-    left out unless --out is given.
+    Pictures of at most 100 samples, or all latents, go to --out. With --export all samples go there, and
+    pictures are drawn only where --out is given as well.
     """
     device = common.device_of(cfg)
     saved = common.read_checkpoint(cfg.sample, "arflow", device)

@@ -34,7 +34,7 @@ def read_official(path):
     else:
         saved = common.read_weights(path)
     tensors = isinstance(saved, dict) and saved and all(map(torch.is_tensor, saved.values()))
-    common.need(tensors, f"{path}: holds no tensors by name")
+    common.require(tensors, f"{path}: holds no tensors by name")
     for wrapper in ("module.", "_orig_mod."):                           # of DataParallel and torch.compile
         if all(name.startswith(wrapper) for name in saved):
             saved = {name[len(wrapper):]: value for name, value in saved.items()}
@@ -59,7 +59,7 @@ IDLE = {
 # What a release knows and our file does not.
 REFUSED = {
     "vitok": {r"(dec_)?posemb": "a table that is added to the tokens (video checkpoints, sincos, learned); vitok.py rotates",
-              r"code": "the latent variant, whose frozen tokens are other sines than vitok.py's",
+              r"code": "the latent variant, which adds position tables that vitok.py has not",
               r"(enc|dec)_freqs": "learned rotations; vitok.py's are fixed"}}
 
 
@@ -77,7 +77,7 @@ def idle_names(method, official, given):
         found = dict.fromkeys(behind, f"behind the encoder's {depth} blocks")
     for name in official:
         for pattern, reason in REFUSED.get(method, {}).items():
-            common.need(not re.fullmatch(pattern, name), f"{name}: {reason}; nothing is written")
+            common.require(not re.fullmatch(pattern, name), f"{name}: {reason}; nothing is written")
         for pattern, reason in IDLE[method].items():
             if re.fullmatch(pattern, name):
                 found[name] = reason
@@ -96,7 +96,7 @@ def renamed(official, names):
     for name, value in official.items():
         for old, new in names:
             name = name.replace(old, new)
-        common.need(name not in ours, f"two tensors are called {name}")
+        common.require(name not in ours, f"two tensors are called {name}")
         ours[name] = value
     return ours
 
@@ -116,7 +116,7 @@ def arflow(official, given):
     D, C, p, _ = ours["embed.weight"].shape
     N = official["pos_embed"].shape[1]
     sines = importlib.import_module("arflow").sincos_pos_embed(round(N ** 0.5), D)
-    common.need(torch.allclose(official["pos_embed"][0].double(), sines, atol=5e-3), "pos_embed: not the sine table")
+    common.require(torch.allclose(official["pos_embed"][0].double(), sines, atol=5e-3), "pos_embed: not the sine table")
     shape = dict(width=D, patch=p, size=p * round(N ** 0.5), heads=len(ours["blocks.0.attention.decay_gate.weight"]),
                  depth=len([name for name in ours if name.endswith("attention.decay_gate.weight")]))
     return dict(data="latents:official", name="official", **shape) | given, {"ema": ours}
@@ -219,7 +219,7 @@ def detailflow(official, given):
         ours = renamed(useful("detailflow", official, given), DETAILFLOW_AR)
         (K, D), m = ours["table.weight"].shape, len(ours["blocks.0.up.weight"])
         depth = len([name for name in ours if name.endswith("qkv.weight")])
-        common.need(given.get("tokenizer"), "give --tokenizer CHECKPOINT, the converted tokenizer that draws its tokens")
+        common.require(given.get("tokenizer"), "give --tokenizer CHECKPOINT, the converted tokenizer that draws its tokens")
         found = common.read_checkpoint(given["tokenizer"], "detailflow")
         shape = dict(gpt=f"{D}x{depth}x{max(1, D // 64)}x{m}", codes=K, group=1 + len(ours["masks"]), stage="ar")
         return found["config"] | shape | given, {"tokenizer": found["state"]["tokenizer"], "ema": ours}
@@ -251,7 +251,7 @@ def slimfit(official, given):
     """A fine-tuned BERT or ViT of the usual names; what no shape tells (heads, data, classes' file) is given."""
     import slimfit as method
     ours = {method.our_name(name): value for name, value in useful("slimfit", official, given).items()}
-    common.need("head.weight" in ours, "no head: a pre-trained encoder; python slimfit.py --weights reads it as it is")
+    common.require("head.weight" in ours, "no head: a pre-trained encoder; python slimfit.py --weights reads it as it is")
     K, d = ours["head.weight"].shape
     shape = dict(width=d, heads=max(1, d // 64), classes=K, name="official",
                  depth=len([name for name in ours if re.fullmatch(r"blocks\.\d+\.out\.bias", name)]))
@@ -292,19 +292,19 @@ def check_places(method, cfg, state):
     for part, model in empty_models(method, cfg, state).items():
         places, found = model.state_dict(), state[part]
         lost = [name for name in found if name not in places]
-        common.need(not lost, f"no place in {method}.py for {len(lost)} tensors ({', '.join(lost)[:80]})")
+        common.require(not lost, f"no place in {method}.py for {len(lost)} tensors ({', '.join(lost)[:80]})")
         other = [name for name, value in found.items() if value.shape != places[name].shape]
-        common.need(not other, f"{other[:1]} is {[list(found[n].shape) for n in other[:1]]}, {method}.py wants "
+        common.require(not other, f"{other[:1]} is {[list(found[n].shape) for n in other[:1]]}, {method}.py wants "
                                f"{[list(places[n].shape) for n in other[:1]]}; see the fields of --help")
         if cfg.name == "siglip2":                                       # a start: the rest of the tokenizer is new
             places = [name for name in places if re.match(r"encoder\.(embed|grid|blocks|norm)", name)]
         empty = [name for name in places if name not in found]
-        common.need(not empty, f"lacks {len(empty)} tensors of {method}.py's model ({', '.join(empty)[:80]})")
+        common.require(not empty, f"lacks {len(empty)} tensors of {method}.py's model ({', '.join(empty)[:80]})")
 
 
 def convert(method, source, target, given):
     """Write `target` from the official file `source`; given: fields that no tensor tells. Returns a report."""
-    common.need(method in CONVERTERS, f"{method}: no converter; there are {', '.join(CONVERTERS)}")
+    common.require(method in CONVERTERS, f"{method}: no converter; there are {', '.join(CONVERTERS)}")
     module = importlib.import_module(method)
     official = {name: value.float() if value.is_floating_point() else value
                 for name, value in read_official(source).items()}
@@ -327,14 +327,14 @@ def convert(method, source, target, given):
 
 def main(argv):
     """The command line: METHOD IN OUT, then fields of that method's Config as on its own command line."""
-    common.need(len(argv) >= 3, "usage: python -m tests.official METHOD IN OUT [--field value ...]")
+    common.require(len(argv) >= 3, "usage: python -m tests.official METHOD IN OUT [--field value ...]")
     module = importlib.import_module(argv[0]) if argv[0] in CONVERTERS else None
     given = {}
     if module:
         cfg = common.cli(module.Config, module.PRESETS, __doc__, argv[3:])
         base = common.cli(module.Config, module.PRESETS, __doc__, [])
         given = {name: value for name, value in vars(cfg).items() if value != getattr(base, name)}
-    common.need(Path(argv[1]).exists(), f"{argv[1]}: no such file")
+    common.require(Path(argv[1]).exists(), f"{argv[1]}: no such file")
     print("\n".join(convert(argv[0], argv[1], argv[2], given)))
     print(f"{argv[2]}: a checkpoint of {argv[0]}.py")
 
