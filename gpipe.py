@@ -37,7 +37,6 @@ import re
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -72,7 +71,7 @@ class Config:
     checkpoint: Literal["always", "except_last", "never"] = "except_last"       # what is recomputed
     balance: str = "flops"                  # stages share flops, time or params; or layers by hand, as 3,2,4
     goal: Literal["variance", "bottleneck"] = "variance"        # what is least among the stages' costs
-    devices: str = ""                       # one a stage, as cuda:0,cuda:0; default: GPUs in turn, or the CPU
+    devices: str = ""                       # one a stage, as cuda:0,cuda:0; default: --gpus in turn, or CPU
     emulate: float = 0.0                    # in [0, 60]: seconds a stage sleeps for F, twice for B; 0: not
     plan: bool = False                      # print memory, bubble and speed-up; nothing runs
     steps: int = 100_000                    # >= 1: optimizer steps
@@ -95,17 +94,6 @@ class Config:
     save: int = 500                         # >= 1: steps between checkpoints and timelines
     sampling: ClassVar = ("stages", "gpus", "devices", "micro", "balance", "goal")  # what --sample may change
 
-    def __post_init__(self):
-        # common.py counts a GPU a process. Here one process drives --gpus of them, or the --devices named.
-        if self.devices:
-            self.gpus = 1
-        have = torch.cuda.device_count()
-        asked = self.gpus * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        counted = have > 0 and not self.devices and self.device != "cpu"
-        common.require(not counted or asked <= have, f"--gpus {self.gpus}: this machine has {have}; "
-                       "one GPU for two stages is --devices cuda:0,cuda:0")
-
-
 # Sec. 4: the ImageNet run has the AmoebaNet paper's optimizer; 0.97 every 2 epochs at batch 128
 AMOEBA = dict(model="amoebanet-d", data="folder:imagenet", size=224, classes=1000, decay=20_000, dropout=0.5)
 IMAGES = dict(model="amoebanet-d", data="shapes", lr=0.01, momentum=0.1)
@@ -118,13 +106,11 @@ PRESETS = {
     "small": IMAGES | dict(data="cifar10", layers=6, width=64, steps=20_000, cooldown=0.9),     # not yet run
     "AmoebaNet-B-18-512": AMOEBA | dict(model="amoebanet-b", layers=18, width=512, size=480, stages=4),
 }
-# Tables 1 to 3: AmoebaNet-D(L, D)
-PRESETS |= {f"AmoebaNet-D-{L}-{D}": AMOEBA | dict(layers=L, width=D)
-            for L, D in ((18, 208), (18, 416), (18, 544), (36, 544), (72, 512), (18, 256), (18, 128))}
+PRESETS |= {f"AmoebaNet-D-{L}-{D}": AMOEBA | dict(layers=L, width=D) for L, D in (          # Tables 1 to 3
+    (18, 208), (18, 416), (18, 544), (36, 544), (72, 512), (18, 256), (18, 128))}
 # Table 1: Transformer-L. Its counts are a language model's, though Sec. 3 says sequence to sequence.
 PRESETS |= {f"Transformer-{L}": LM | dict(layers=L) for L in (3, 13, 24, 48, 103, 415, 1663)}
-# Sec. 5: T(L, H, A)
-PRESETS |= {f"T-{L}-{H}-{A}": PAIRS | dict(layers=L, hidden=H, heads=A) for L, H, A in (
+PRESETS |= {f"T-{L}-{H}-{A}": PAIRS | dict(layers=L, hidden=H, heads=A) for L, H, A in (     # Sec. 5
     (6, 8192, 16), (24, 8192, 16), (12, 16384, 32), (32, 16384, 32), (64, 16384, 32))}
 TARGETS = {"demo": 0.945}                   # mean - 4 s.d. of seeds 0 to 4: .960, .961, .964, .971, .968
 
@@ -581,11 +567,11 @@ def scatter(value, M):
     counts = {len(part) for part in as_tuple(value)}
     fits = len(counts) == 1 and min(counts) > 0
     common.require(fits, f"mini-batch of {counts} samples: one number, above 0, is needed")
-    columns = []
-    for part in as_tuple(value):
-        pieces = part.detach().tensor_split(min(M, len(part)))
-        columns.append([piece.requires_grad_(part.requires_grad) for piece in pieces])
-    return list(zip(*columns)) if isinstance(value, tuple) else columns[0]
+    cuts = [part.detach().tensor_split(min(M, len(part))) for part in as_tuple(value)]
+    for part, pieces in zip(as_tuple(value), cuts):
+        for piece in pieces:
+            piece.requires_grad_(part.requires_grad)
+    return list(zip(*cuts)) if isinstance(value, tuple) else cuts[0]
 
 
 def gather(pieces):
@@ -593,6 +579,13 @@ def gather(pieces):
     columns = zip(*map(as_tuple, pieces))
     whole = tuple(None if column[0] is None else torch.cat(column) for column in columns)
     return whole if isinstance(pieces[0], tuple) else whole[0]
+
+
+def split_like(whole, pieces):
+    """What gather has made of pieces, in pieces of the same sizes."""
+    columns = zip(*map(as_tuple, pieces))
+    split = [part.split([len(piece) for piece in column]) for part, column in zip(as_tuple(whole), columns)]
+    return list(zip(*split)) if isinstance(whole, tuple) else split[0]
 
 
 def clock_cycles(K, M):
@@ -834,23 +827,18 @@ class Pipeline:
                 channel.close()
 
     def do_task(self, kind, m, k, batch):
-        """Take what a task needs from the neighbour, do it, pass on what it gives."""
-        if kind == "F":
-            x = self.forward_channels[k].get()
-            with self.timed(kind, m, k, batch):
-                y = self.do_forward(m, k, x, batch)
-            self.forward_channels[k + 1].put(y)
-        elif kind == "L":
-            with self.timed(kind, m, k, batch):
-                self.do_loss(k, batch)
-        elif kind == "R":
-            with self.timed(kind, m, k, batch):
-                self.do_recompute(m, k, batch)
-        else:
-            gradients = self.backward_channels[k + 1].get()
-            with self.timed(kind, m, k, batch):
-                gradients = self.do_backward(m, k, gradients, batch)
-            self.backward_channels[k].put(gradients)
+        """Take what a task needs from a neighbour, do it, pass on what it gives."""
+        source, do, target = {
+            "F": (self.forward_channels[k], self.do_forward, self.forward_channels[k + 1]),
+            "L": (None, self.do_loss, None),
+            "R": (None, self.do_recompute, None),
+            "B": (self.backward_channels[k + 1], self.do_backward, self.backward_channels[k])}[kind]
+        value = source.get() if source else None
+        start = self.now(k)
+        value = do(m, k, value, batch)
+        batch.times[kind, m, k] = (start, self.now(k))
+        if target:
+            target.put(value)
 
     def do_forward(self, m, k, x, batch):
         """F (G5). What is recomputed drops its graph, which only told which outputs want a gradient.
@@ -864,7 +852,7 @@ class Pipeline:
                 batch.interior[m, k] = y
         return map_tensors(lambda part: part.detach().requires_grad_(part.requires_grad), y)
 
-    def do_loss(self, k, batch):
+    def do_loss(self, m, k, _, batch):
         """L: the loss of the gathered mini-batch (G6); its gradient returns in pieces, the last one first."""
         pieces = [self.forward_channels[k + 1].get() for _ in range(batch.M)]
         y = map_tensors(lambda part: part.detach().requires_grad_(part.is_floating_point()), gather(pieces))
@@ -872,15 +860,11 @@ class Pipeline:
         value.backward()
         batch.loss = value.detach()
         batch.output = map_tensors(torch.Tensor.detach, y)
-        columns = []
-        for i, part in enumerate(as_tuple(y)):
-            gradient = torch.zeros_like(part) if part.grad is None else part.grad
-            columns.append(gradient.split([len(as_tuple(piece)[i]) for piece in pieces]))
-        gradients = list(zip(*columns)) if isinstance(y, tuple) else columns[0]
-        for gradient in reversed(gradients):
+        gradients = map_tensors(lambda part: torch.zeros_like(part) if part.grad is None else part.grad, y)
+        for gradient in reversed(split_like(gradients, pieces)):
             self.backward_channels[k + 1].put(gradient)
 
-    def do_recompute(self, m, k, batch):
+    def do_recompute(self, m, k, _, batch):
         """R: the interior again, from the stashed input (Sec. 2.3)."""
         batch.interior[m, k] = self.run_stage(m, k, batch.stash[m, k], batch, recompute=True)
 
@@ -932,13 +916,6 @@ class Pipeline:
         if stream is None:
             return time.perf_counter()
         return stream.record_event(torch.cuda.Event(enable_timing=True))
-
-    @contextmanager
-    def timed(self, kind, m, k, batch):
-        """Note when a task starts and ends."""
-        start = self.now(k)
-        yield
-        batch.times[kind, m, k] = (start, self.now(k))
 
     @torch.no_grad()
     def probe(self, x, batch):
@@ -1058,6 +1035,9 @@ class Batch(NamedTuple):
     target: torch.Tensor    # labels (B), or ids of the target without its start (B, N), -100 for padding
     total: float            # the targets that count: the loss is their mean
 
+    def loss(self, output):
+        return loss(output, self.target.to(output.device), self.total)
+
 
 # G13  p_d ~ n_d^(1 / T)       temperature-based sampling: how often direction d of n_d pairs is drawn, Sec. 5
 
@@ -1135,12 +1115,11 @@ def stage_devices(cfg):
     if not found and gpus == 0:
         found = ["cpu"] * K
     elif not found:
-        # under torchrun each replica on this machine drives the next --gpus of its GPUs
-        first = common.rank() % max(1, gpus // cfg.gpus) * cfg.gpus
+        first = int(os.environ.get("LOCAL_RANK", 0)) * cfg.gpus     # torchrun: a replica drives the next GPUs
         found = [f"cuda:{first + k * cfg.gpus // K}" for k in range(K)]
-    known = {"cpu", *(f"cuda:{i}" for i in range(gpus))}
-    fits = len(found) >= K and set(found) <= known
-    common.require(fits, f"--devices {','.join(found)}: {K} are needed, one a stage, of cpu and {gpus} GPUs")
+    known = ["cpu", *(f"cuda:{i}" for i in range(gpus))]
+    fits = len(found) >= K and set(found) <= set(known)
+    common.require(fits, f"--devices {','.join(found)}: {K} are needed, one a stage, of {', '.join(known)}")
     return found[:K]
 
 
@@ -1171,16 +1150,13 @@ def layer_seconds(cfg, model):
 
 def place(model, cfg):
     """The model on its stages: a Pipeline."""
-    devices = stage_devices(cfg)
     torch.set_num_threads(1)                # inside a stage, so that no number depends on K
+    devices = stage_devices(cfg)
     sizes = stage_sizes(cfg, model, len(devices))
     if common.rank() == 0:
         N = cfg.batch // common.world()
-        M = min(cfg.micro, N)
-        start = "no GPU in use: " if devices[0] == "cpu" else ""
-        end = ", no more fit" if cfg.micro > N else ""
-        print(f"{start}{len(devices)} stages on {', '.join(devices)} of {sizes} layers; {N} samples in {M} "
-              f"micro-batches{end}", flush=True)
+        print(f"{len(sizes)} stages of {sizes} layers on {', '.join(devices)}; {N} samples in "
+              f"{min(cfg.micro, N)} micro-batches", flush=True)
     return Pipeline(model, sizes, devices, cfg.micro, cfg.checkpoint, cfg.seed)
 
 
@@ -1199,8 +1175,7 @@ def train(cfg):
         common.set_learning_rate(opt, learning_rate(cfg, step))
         opt.zero_grad()
         with common.autocast(cfg):
-            value, _, _ = pipe.step(
-                batch.inputs, lambda y: loss(y, batch.target.to(y.device), batch.total), step)
+            value, _, _ = pipe.step(batch.inputs, batch.loss, step)
         for cell in pipe.cells:             # over the replicas; a stage at a time, for it has one device
             common.average_gradients(cell.parameters())
         opt.step()
@@ -1211,8 +1186,8 @@ def train(cfg):
     if common.rank() > 0:
         return 0
     target = TARGETS.get(cfg.preset, 0.0) if common.is_preset(cfg, PRESETS) else 0.0
-    run.say(f"{run.folder}: timeline.svg, predictions.txt" + (f"; target {target} of all" if target else ""))
     right = answer(pipe, cfg, open_split(cfg, "test"), run.classes, run.folder)
+    print(f"{run.folder}: timeline.svg, predictions.txt; {right:.3f} right, target {target}")
     return 0 if right >= target else 1
 
 
@@ -1250,11 +1225,7 @@ def check_data(cfg):
     require = common.require
     require(cfg.model != "lm", "--model lm: Table 1's language model is there to --plan or --emulate")
     if cfg.model == "translate":
-        fits = cfg.data == "numbers" or kind in ("numbers", "tsv") and rest
-        require(fits, f"--data {cfg.data}: --model translate reads numbers, numbers:LIMIT and tsv:PATH")
-        if kind == "numbers" and rest:
-            limit = int(rest) if re.fullmatch("[0-9]{1,5}", rest) else 0
-            require(1 <= limit <= 10_000, f"--data {cfg.data}: numbers below LIMIT, 1 to 10000, have words")
+        require(kind in ("numbers", "tsv"), f"--data {cfg.data}: sentence pairs are numbers or tsv:PATH")
     else:
         kinds = ("shapes", "cifar10", "npz", "folder", "video")
         require(kind in kinds, f"--data {cfg.data}: AmoebaNet reads {', '.join(kinds)}")
@@ -1271,8 +1242,9 @@ def open_split(cfg, split):
     """Sentence pairs (data.Pairs) or images (data.Data) of the 'train' or 'test' split."""
     kind, _, rest = cfg.data.partition(":")
     if kind == "numbers":
-        return data.translation_pairs(split, tests=10, limit=int(rest or 10_000))
+        return data.translation_pairs(split, tests=10, limit=data.parse_limit(rest))
     if kind == "tsv":
+        common.require(rest, f"--data {cfg.data}: give a file, as tsv:pairs.tsv")
         return data.translation_pairs(split, tests=10, path=rest)
     return data.open_data(cfg.data, split, size=cfg.size)
 
@@ -1294,13 +1266,9 @@ def prepare(cfg):
         return
     if len(set(stage_devices(cfg))) == 1:
         common.require_memory(cfg, lambda: build(cfg, cfg.classes or 1), copies=3)
-    train_split = open_split(cfg, "train")
-    test_split = open_split(cfg, "test")
-    count_classes(cfg, train_split)
-    known = class_names(cfg, train_split)
-    names = class_names(cfg, test_split)
-    common.require(set(names) <= set(known), f"--data {cfg.data}: the test split has classes "
-                   f"{', '.join(names)}, training {', '.join(known)}")
+    splits = {split: open_split(cfg, split) for split in ("train", "test")}
+    count_classes(cfg, splits["train"])
+    print(data.describe(splits), flush=True)
 
 
 # --- Command line ------------------------------------------------------------
