@@ -686,8 +686,9 @@ def variational_bound(z, noisy, noise, v, time):
 def first_step_nats(z, gap, logvar):
     """V22 in nats (B, M, c): the 8-bit likelihood of pixel diffusion, bins of 2/255, open at the ends. It is
     kept although codes are not pixels (official code). gap: z less its predicted mean."""
-    above = normal_cdf((gap + 1 / 255) * (-0.5 * logvar).exp())                                    # (B, M, c)
-    below = normal_cdf((gap - 1 / 255) * (-0.5 * logvar).exp())                                    # (B, M, c)
+    deviations = (-0.5 * logvar).exp()                                                             # (B, M, c)
+    above = normal_cdf((gap + 1 / 255) * deviations)                                               # (B, M, c)
+    below = normal_cdf((gap - 1 / 255) * deviations)                                               # (B, M, c)
     mass = torch.where(z > 0.999, 1 - below, above - below)                                        # (B, M, c)
     mass = torch.where(z < -0.999, above, mass)                                                    # (B, M, c)
     return -mass.clamp(min=1e-12).log()                                                            # (B, M, c)
@@ -778,17 +779,16 @@ def draw(dataset, cfg, step, device, stage):
     """
     B = stage_batch(cfg, stage)
     M = sizes(cfg).M
-    cpu_generator = common.make_generator(cfg.seed, step, f"{stage} data")
-    generator = common.make_generator(cfg.seed, step, f"{stage} noise", device)
-    noise, eps = torch.randn(2, B, M, cfg.channels, generator=generator, device=device)
-    index = torch.randint(len(dataset), (B,), generator=cpu_generator)
-    flip = torch.rand(B, generator=cpu_generator) < 0.5
-    drop = torch.rand(B, generator=cpu_generator) < cfg.label_dropout
-    time = torch.randint(1000, (B,), generator=cpu_generator)
-    halvings = torch.randint(4, (B,), generator=cpu_generator)
-    length = (M // 2**halvings).clamp(min=1)                # V10: 32 to 256 of the paper's 256 tokens
-    draws = dict(noise=noise, eps=eps, drop=drop, time=time, length=length)
+    generator = common.make_generator(cfg.seed, step, f"{stage} data")
+    index = torch.randint(len(dataset), (B,), generator=generator)
+    flip = torch.rand(B, generator=generator) < 0.5
+    draws = {"drop": torch.rand(B, generator=generator) < cfg.label_dropout,
+             "time": torch.randint(1000, (B,), generator=generator)}
+    halvings = torch.randint(4, (B,), generator=generator)
+    draws["length"] = (M // 2**halvings).clamp(min=1)       # V10: 32 to 256 of the paper's 256 tokens
     draws = {name: common.shard(value).to(device) for name, value in draws.items()}
+    noises = common.shard_noise((2, B, M, cfg.channels), cfg.seed, step, f"{stage} noise", device, axis=1)
+    draws["noise"], draws["eps"] = noises
     index = common.shard(index).numpy()
     x = clips(dataset, index)
     if cfg.flip:
@@ -846,10 +846,10 @@ def train_ae(cfg):
     """Stage 1: all weights, without the GAN and without averaging (Sec. 2.3)."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
+    perceptual = perceptual_features(cfg, device)
     run = common.Run(cfg, "ae", classes=dataset.classes)
     run.seed_weights()
     model = Autoencoder(cfg).to(device)
-    perceptual = perceptual_features(cfg, device)
     opt = optimizer(model, cfg)
     start = run.restore(tokenizer=model, opt=opt)
     common.compile_blocks(cfg, model.blocks)
@@ -874,11 +874,11 @@ def train_decoder(cfg):
     """
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
+    perceptual = perceptual_features(cfg, device)
     earlier = common.require_stage(cfg, "ae")                   # before Run, which may rename the folder
     run = common.Run(cfg, "decoder", classes=dataset.classes)
     run.seed_weights()
     model, _, _ = load(cfg, earlier)
-    perceptual = perceptual_features(cfg, device)
     decoder = model.decoder.requires_grad_(True)
     disc = Discriminator(cfg.size, cfg.disc).to(device)
     ema = copy.deepcopy(decoder).requires_grad_(False)
@@ -948,7 +948,7 @@ def train(cfg):
     last = common.run_stages(cfg, STAGES)
     if common.rank() > 0:
         return 0
-    result = report(cfg, last, last.parent)
+    result = report(cfg, last)
     if cfg.preset != "demo" or not common.is_preset(cfg, PRESETS):
         return 0
     missed = [name for name, least in TARGET.items() if result[name] < least]
