@@ -129,7 +129,7 @@ VITOK = [("encoder.blocks.", "encoder.trunk.blocks."), ("encoder.norm.", "encode
          ("tubelet_embed.proj.", "encoder.embed."), ("encoder_to_code.", "encoder.to_code."),
          ("code_to_decoder.", "decoder.from_code."), ("tubelet_decode.proj.weight", "decoder.to_pixels.weight"),
          ("tubelet_decode.proj.bias", "decoder.colour"), *VITOK_BLOCK]
-VITOK_DIT = [("posemb", "table"), ("input_width_to_width.", "enter."), ("t_embedder.mlp.", "time."),
+VITOK_DIT = [("posemb", "pos_embed"), ("input_width_to_width.", "enter."), ("t_embedder.mlp.", "time."),
              ("encoder.", "trunk."), ("y_embedder.embedding_table.", "label."), ("final_layer.norm_final.", "norm."),
              ("final_layer.adaLN_modulation.0.", "modulation."), ("final_layer.linear.", "head."), *VITOK_BLOCK]
 
@@ -156,7 +156,7 @@ def vitok(official, given):
 def vitok_dit(official):
     """The weights of a ViTok generator; a sample also wants the auto-encoder that its codes come from."""
     ours = renamed(official, VITOK_DIT)
-    return ours | {"table": ours["table"][0]}
+    return ours | {"pos_embed": ours["pos_embed"][0]}
 
 
 FLEXTOK = [("encoder.module_dict.", "encoder."), ("decoder.module_dict.", "decoder."), ("enc_patch_emb.patch_proj.", "embed."),
