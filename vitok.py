@@ -1,9 +1,9 @@
 """ViTok: Learnings from Scaling Visual Tokenizers for Reconstruction and Generation (arXiv 2501.09755).
 
-A plain ViT auto-encoder with a Gaussian bottleneck, for images and clips alike, built to be measured: its
-encoder, decoder and code are sized one at a time. Reconstruction depends almost only on E, the floats of the code. What
-the code lost can only be invented; so stage 2, with a GAN, trains the decoder alone. Stage 3 is a diffusion
-transformer (DiT) that makes codes; for it, more channels are not better.
+A plain ViT auto-encoder with a Gaussian bottleneck, for images and clips alike, built to be measured:
+encoder, decoder and code are sized one at a time. Reconstruction depends almost only on E, the floats of the
+code. What the code lost can only be invented; so stage 2, with a GAN, trains the decoder alone. Stage 3 is a
+diffusion transformer (DiT) that makes codes; for it, more channels are not better.
 
     pixels -> tubelets of q x p x p -> encoder -> M tokens of c floats -> decoder -> tubelets -> pixels
                                        (light)         E = M c            (heavy)
@@ -36,10 +36,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-import common
-import data
+from typing import ClassVar, Literal, NamedTuple
 
 import common
 import data
@@ -108,10 +105,10 @@ class Config:
     out: str = ""                       # folder for what --sample writes; default: samples/ beside it
     log: int = 100                      # >= 1: steps between log lines
     save: int = 5000                    # >= 1: steps between checkpoints
-    sampling = ("num_steps", "cfg_scale", "eta", "classes", "count", "data", "export", "decode")
+    sampling: ClassVar = ("num_steps", "cfg_scale", "eta", "classes", "count", "data", "export", "decode")
 
-# Width, depth, heads (Tab. 1). Small keeps Base's width and halves the depth. Large is 1152 wide, not 1024: its
-# heads of 72 channels split in three, for the axes of a clip. The generators' sizes are those of DiT.
+# Width, depth, heads (Tab. 1). Small keeps Base's width and halves the depth. Large is 1152 wide, not 1024:
+# its heads of 72 channels split in three, for the axes of a clip. The generators' sizes are those of DiT.
 SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}
 DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 # Learning rates are for 256 images a step: at TOY's batch of 32, 1.2e-2 means 1.5e-3.
@@ -133,7 +130,7 @@ TARGET = dict(psnr=22.35, accuracy=0.13)    # mean - 4 s.d. of seeds 0 to 4: 22.
 
 # --- Building blocks ---------------------------------------------------------
 # V1   X_e[n] = W_e tubelet_n + b_e         Conv3d of kernel = stride = (q, p, p), N = t h w tokens, Sec. 2.2
-# V4   E = M c                              floats of the code, Eq. (2); pixels per float: 3 T H W / E, Sec. 3.1
+# V4   E = M c                              floats of the code, Eq. (2); pixels a float: 3 T H W / E, Sec. 3.1
 # V5   tubelet_n = W_d x_n + colour         ConvTranspose3d of kernel = stride = (q, p, p), Sec. 2.2
 # V6   x <- x + attention(LN x);  x <- x + mlp(LN x)
 # V7   mlp(x) = W_3 (silu(W_1 x) * W_2 x)   SwiGLU, hidden width int(2.67 D)
@@ -162,7 +159,8 @@ def parse_trunk(text, table):
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d{0,2})x([1-9]\d*)", text, re.ASCII)
     common.require(found, f"{text!r} is no trunk: write {', '.join(table)} or WIDTHxDEPTHxHEADS as in 72x2x6")
     D, depth, H = map(int, found.groups())
-    common.require(D % (2 * H) == 0 and D >= 6 * H, f"{text}: heads must be even parts of the width, 6 or more wide")
+    even = D % (2 * H) == 0 and D >= 6 * H
+    common.require(even, f"{text}: heads must be even parts of the width, 6 or more wide")
     return D, depth, H
 
 
@@ -178,7 +176,8 @@ def sizes(cfg):
     q = int(found[3] or 1)
     p = int(found[4])
     whole = cfg.frames % q == cfg.size % p == 0
-    common.require(whole, f"--frames {cfg.frames} --size {cfg.size}: not in whole tubelets of --model {cfg.model}")
+    clip = f"--frames {cfg.frames} --size {cfg.size}"
+    common.require(whole, f"{clip}: not in whole tubelets of --model {cfg.model}")
     grid = (cfg.frames // q, cfg.size // p, cfg.size // p)
     N = math.prod(grid)
     return Sizes(*trunks, q, p, 3 * q * p**2, grid, N, cfg.latents or N)
@@ -212,8 +211,8 @@ def token_positions(grid, rope, latents=0):
     """
     if rope == "1d":
         return torch.arange(latents + math.prod(grid))[:, None]
-    tyx = torch.cartesian_prod(*map(torch.arange, grid))                                               # (N, 3)
-    positions = torch.cat((torch.zeros(latents, 3), tyx.flip(1)))                                    # (l+N, 3)
+    tyx = torch.cartesian_prod(*map(torch.arange, grid))                                              # (N, 3)
+    positions = torch.cat((torch.zeros(latents, 3), tyx.flip(1)))                                   # (l+N, 3)
     return positions if rope == "3d" else torch.zeros_like(positions)
 
 
@@ -227,9 +226,9 @@ def rope_angles(positions, d):
     angles = []
     for axis in range(axes):
         n = (d // 2 + axes - 1 - axis) // axes
-        rates = 10_000.0 ** (-torch.arange(n, device=positions.device).double() / n)                      # (n)
+        rates = 10_000.0 ** (-torch.arange(n, device=positions.device).double() / n)                     # (n)
         angles.append(positions[:, axis, None] * rates)
-    return torch.cat(angles, 1)                                                                      # (N, d/2)
+    return torch.cat(angles, 1)                                                                     # (N, d/2)
 
 
 def rotate(x, rotary):
@@ -244,8 +243,8 @@ def rotate(x, rotary):
 
 def timestep_embedding(time, D=256):
     """Cosines, then sines of diffusion times (B,), at RoPE's rates (official code)."""
-    angles = rope_angles(time[:, None], D)                                                           # (B, D/2)
-    return torch.cat((angles.cos(), angles.sin()), 1).float()                                          # (B, D)
+    angles = rope_angles(time[:, None], D)                                                          # (B, D/2)
+    return torch.cat((angles.cos(), angles.sin()), 1).float()                                         # (B, D)
 
 
 def sincos_pos_embed(N, D):
@@ -253,9 +252,9 @@ def sincos_pos_embed(N, D):
 
     The D/2 rates run from 1 to 1/10000, both included; RoPE's stop one short of it.
     """
-    rates = 10_000.0 ** (-torch.arange(D // 2).double() / (D // 2 - 1))                                 # (D/2)
-    angles = torch.arange(N)[:, None] * rates                                                        # (N, D/2)
-    return torch.cat((angles.sin(), angles.cos()), 1).float()                                          # (N, D)
+    rates = 10_000.0 ** (-torch.arange(D // 2).double() / (D // 2 - 1))                                # (D/2)
+    angles = torch.arange(N)[:, None] * rates                                                       # (N, D/2)
+    return torch.cat((angles.sin(), angles.cos()), 1).float()                                         # (N, D)
 
 
 class Attention(nn.Module):
@@ -277,8 +276,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block of attention and gated MLP, V6 and V7: three matrices of hidden width int(2.67 D) cost as
-    much as the usual two of 4 D. Official code differs: GELU for the gate."""
+    """Pre-norm block of attention and gated MLP, V6 and V7. Three matrices of hidden width int(2.67 D) cost
+    as much as the usual two of 4 D. Official code differs: GELU for the gate."""
 
     def __init__(self, D, H, act):
         super().__init__()
@@ -331,7 +330,7 @@ class Trunk(nn.Module):
     def forward(self, x, *condition):
         """Tokens (B, N, D) -> the same. The generator's blocks also get one condition (B, D)."""
         for block in self.blocks:
-            if self.recompute:          # keep the blocks' inputs alone; backward runs each block a second time
+            if self.recompute:                  # keep blocks' inputs alone; backward runs each block again
                 x = checkpoint(block, x, self.rotary, *condition, use_reentrant=False)             # (B, N, D)
             else:
                 x = block(x, self.rotary, *condition)                                              # (B, N, D)
@@ -390,7 +389,7 @@ class Decoder(nn.Module):
         self.colour = nn.Parameter(torch.zeros(3, 1, 1, 1))
 
     def forward(self, z, length=None):
-        """Codes z (B, M, c); masked variant, V10: from number length (B,) on, they become the learned blank."""
+        """Codes z (B, M, c) -> clips. Masked variant, V10: tokens from number length (B,) on become blank."""
         if self.blank is not None and length is not None:
             kept = torch.arange(z.shape[1], device=z.device) < length[:, None]                        # (B, M)
             z = torch.where(kept[..., None], z, self.blank)                                        # (B, M, c)
@@ -521,16 +520,16 @@ class DiT(nn.Module):
         return self.head((1 + scale) * self.norm(x) + shift)                                       # (B, M, e)
 
 # --- Objective ---------------------------------------------------------------
-# V11 L = L_rec + beta L_kl + eta L_lpips + lambda L_gan          Eq. (1); L_rec is the mean squared error
-# V12 L_kl = 1/2 mean(mean^2 + exp(logvar) - 1 - logvar)          over tokens and channels (official code)
-# V13 L_lpips = sum over taps of mean over space of w . (unit(f) - unit(g))^2
-# V14 L_gan = -mean D(reconstruction)
-# V15 L_disc = 1/2 mean relu(1 - D(clip)) + 1/2 mean relu(1 + D(reconstruction))      hinge loss
-# V18 z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps                 abar_t = product of (1 - beta_s), s <= t
-# V19 L_dit = mean (eps - eps')^2 + L_vb                          eps' predicted; a constant inside L_vb
-# V20 logvar_t = f log beta_t + (1 - f) log betatilde_t           f = (v + 1)/2, v predicted
-# V21 L_vb = KL(q(z_(t-1) | z_t, z) || p(z_(t-1) | z_t)) / log 2  bits per dimension, for t > 0
-# V22 L_vb = -log2 (cdf(z + 1/255) - cdf(z - 1/255))              for t = 0
+# V11  L = L_rec + beta L_kl + eta L_lpips + lambda L_gan          Eq. (1); L_rec is the mean squared error
+# V12  L_kl = 1/2 mean(mean^2 + exp(logvar) - 1 - logvar)          over tokens and channels (official code)
+# V13  L_lpips = sum over taps of mean over space of w . (unit(f) - unit(g))^2
+# V14  L_gan = -mean D(reconstruction)
+# V15  L_disc = 1/2 mean relu(1 - D(clip)) + 1/2 mean relu(1 + D(reconstruction))      hinge loss
+# V18  z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps                 abar_t = product of (1 - beta_s), s <= t
+# V19  L_dit = mean (eps - eps')^2 + L_vb                          eps' predicted; a constant inside L_vb
+# V20  logvar_t = f log beta_t + (1 - f) log betatilde_t           f = (v + 1)/2, v predicted
+# V21  L_vb = KL(q(z_(t-1) | z_t, z) || p(z_(t-1) | z_t)) / log 2  bits per dimension, for t > 0
+# V22  L_vb = -log2 (cdf(z + 1/255) - cdf(z - 1/255))              for t = 0
 
 
 def kl_term(mean, logvar):
@@ -545,7 +544,7 @@ def kl_term(mean, logvar):
 
 
 class VGG16:
-    """The features behind LPIPS: relu1_2, 2_2, 3_3, 4_3 and 5_3 of VGG16, and LPIPS's weights of their channels.
+    """The features behind LPIPS: relu1_2, 2_2, 3_3, 4_3, 5_3 of VGG16, and LPIPS's weights of their channels.
 
     From a file of 13 layers and 5 heads in order, such as lpips.LPIPS(net="vgg").state_dict() saved by torch.
     """
@@ -715,10 +714,10 @@ def loss_dit(model, batch, draws):
     return mse + bound, {"mse": mse, "bound": bound}
 
 # --- Sampling ----------------------------------------------------------------
-# V23 eps' = eps'(no label) + cfg_scale (eps'(label) - eps'(no label))
-# V24 z' = (z_t - sqrt(1 - abar_t) eps') / sqrt(abar_t)
-#     z_s = sqrt(abar_s) z' + sqrt(1 - abar_s - sigma^2) eps' + sigma n           from time t to the next, s
-# V25 sigma = eta sqrt((1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s))
+# V23  eps' = eps'(no label) + cfg_scale (eps'(label) - eps'(no label))
+# V24  z' = (z_t - sqrt(1 - abar_t) eps') / sqrt(abar_t)
+#      z_s = sqrt(abar_s) z' + sqrt(1 - abar_s - sigma^2) eps' + sigma n           from time t to the next, s
+# V25  sigma = eta sqrt((1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s))
 
 
 def guided(model, x, time, y, cfg_scale):
@@ -756,8 +755,8 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, eta=0.0):
     return x
 
 # --- Training ----------------------------------------------------------------
-# V16 lambda(s) = lambda clip((s - s0) / s1, 0, 1)       s0 = 5 %, s1 = 50 % of the steps (official code)
-# V26 lr(s) = peak (low + (1 - low) rise)                rise: linear in the warm-up, then half a cosine
+# V16  lambda(s) = lambda clip((s - s0) / s1, 0, 1)       s0 = 5 %, s1 = 50 % of the steps (official code)
+# V26  lr(s) = peak (low + (1 - low) rise)                rise: linear in the warm-up, then half a cosine
 
 
 def stage_batch(cfg, stage):
@@ -964,17 +963,17 @@ def check(cfg):
         sizes(point)
     whole = cfg.batch_decoder % cfg.gpus == cfg.batch_dit % cfg.gpus == 0
     common.require(whole, f"--batch_decoder, --batch_dit: must be multiples of --gpus {cfg.gpus}")
-    plain = cfg.sweep or cfg.stage in ("ae", "dit") or math.log2(cfg.size).is_integer()
-    common.require(plain, f"--size {cfg.size}: the discriminator needs a power of two; --stage ae and dit do not")
+    fits = cfg.sweep or cfg.stage in ("ae", "dit") or math.log2(cfg.size).is_integer()
+    common.require(fits, f"--size {cfg.size}: the discriminator needs a power of two; --stage ae does not")
+    common.require(cfg.sample or not cfg.export + cfg.decode, "--export, --decode: only with --sample")
     if cfg.classes != "all":
         common.parse_classes(cfg.classes, math.inf)
-    common.require(cfg.sample or not cfg.export + cfg.decode, "--export and --decode go with --sample CHECKPOINT")
     if cfg.stage in ("decoder", "dit") and not cfg.sample:
         common.require_stage(cfg, "ae")
 
 
 def parse_sweep(cfg):
-    """The configurations of --sweep, each with its own run folder, or cfg alone; UserError where one is none."""
+    """The configurations of --sweep, each with a run folder of its own; without --sweep, cfg alone."""
     if not cfg.sweep:
         return [cfg]
     points = []
@@ -1014,7 +1013,7 @@ def judge(cfg, role):
 
 
 def prepare(cfg):
-    """Once, before the processes start: is there memory, are there pictures; makes or fetches what is needed."""
+    """Once, before the processes start: are there pictures and memory? Makes or fetches what is needed."""
     if cfg.sample or cfg.plan:
         return
     K = len(open_split(cfg, "train", 10).classes)
@@ -1111,9 +1110,9 @@ def export_samples(cfg, tokenizer, generator):
 
 @torch.no_grad()
 def export_latents(cfg, tokenizer):
-    """--export of an auto-encoder: mean and logvar of the training split, with --flip of its mirror images too,
-    for `latents:FILE`. The scale brings what a reader samples, mean plus noise, to deviation 1; ours takes
-    codes as they are. Arrays wait on disk beside the file: memory does not grow with the data set."""
+    """--export of an auto-encoder: mean and logvar of the training split for `latents:FILE`, with --flip of
+    its mirror images, too. The scale brings what a reader samples, mean plus noise, to deviation 1; our own
+    generator takes codes as they are. Arrays wait on disk, so memory does not grow with the data set."""
     dataset = open_split(cfg, "train")
     grid = (1, 1, cfg.latents) if cfg.latents else sizes(cfg).grid
     shape = (len(dataset), cfg.channels, *grid) if cfg.frames > 1 else (len(dataset), cfg.channels, *grid[1:])
@@ -1152,12 +1151,13 @@ def export_latents(cfg, tokenizer):
 
 @torch.no_grad()
 def decode_latents(cfg, tokenizer, where):
-    """--decode: latents (M, c, h, w) or (M, c, t, h, w), unscaled as stored -> decoded.png, and all of them in
-    decoded.npz or --export, frame after frame, as FID tools read them."""
+    """--decode: latents (M, c, h, w) or (M, c, t, h, w), unscaled as stored -> decoded.png, and all of them,
+    frame after frame, as FID tools read them: decoded.npz or --export."""
     found = data.open_data(f"latents:{cfg.decode}", size=0)
     shape = (math.prod(found.images.shape[2:]), found.images.shape[1])
     wanted = (sizes(cfg).M, cfg.channels)
-    common.require(shape == wanted, f"--decode {cfg.decode}: {shape} tokens and channels, {wanted} are wanted")
+    fits = shape == wanted
+    common.require(fits, f"--decode {cfg.decode}: {shape} tokens and channels, {wanted} are wanted")
 
     def decode(rows):
         z = torch.from_numpy(np.array(found.images[rows], np.float32)).flatten(2).transpose(1, 2)
@@ -1212,8 +1212,9 @@ def run_sweep(cfg):
     if common.rank() > 0:
         return
     print(f"{'model':>24}{'c':>5}{'E':>8}{'pixels/float':>14}{'MACs':>16}{'PSNR':>8}")
+    line = "{point.model:>24}{point.channels:5}{E:8}{pixels per float:14.2f}{MACs:16,}{psnr:8.2f}"
     for row in rows:
-        print("{point.model:>24}{point.channels:5}{E:8}{pixels per float:14.2f}{MACs:16,}{psnr:8.2f}".format(**row))
+        print(line.format(**row))
     for name in ("E", "MACs"):
         (slope, _), r2 = least_squares(np.log2([row[name] for row in rows]), [row["psnr"] for row in rows])
         print(f"PSNR on log2 {name}: {slope:+.2f} dB per doubling, R^2 {r2:.3f}")

@@ -836,7 +836,7 @@ def trained(tmp_path_factory):
     (["--size", "12"], "power of two"), (["--data", "latents:none.npz"], "none.npz"),
     (["--channels", "0"], "--channels 0: must be >= 1"), (["--eta", "2"], "--eta 2.0: must be in [0, 1]"),
     (["--classes", "3,,5"], "--classes 3,,5"), (["--stage", "decoder"], "ae.pt is missing"),
-    (["--stage", "dit"], "ae.pt is missing"), (["--export", "a.npz"], "go with --sample"),
+    (["--stage", "dit"], "ae.pt is missing"), (["--export", "a.npz"], "only with --sample"),
     (["--num_steps", "1"], "--num_steps 1: must be >= 2"), (["--kl", "-1"], "--kl -1.0: must be >= 0"),
     (["--cfg_scale", "inf"], "--cfg_scale inf"), (["--gan", "inf"], "--gan inf"), (["--kl", "nan"], "--kl nan"),
     (["--eta", "nan"], "--eta nan"), (["--lr_dit", "inf"], "--lr_dit inf"), (["--perceptual", "inf"], "--perceptual inf"),

@@ -1,6 +1,6 @@
 """ViTok's claims at demo scale: the size of the code, precision, encoder and decoder, generation, video, losses.
 
-All arms of a row see the same images, steps and seeds. Baselines (a convolutional auto-encoder, frame-wise coding)
+All variants of a row see the same images, steps and seeds. Baselines (a convolutional auto-encoder, frame-wise coding)
 and metrics that are not the paper's method (SSIM, motion features) live here. Distances are toy Frechet distances on
 the features of the ruler; perceptual and adversarial losses use the teacher, never the ruler.
 """
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 STEPS = {"quick": 150, "full": 600}
 COUNT = {"quick": 300, "full": 1000}
@@ -48,25 +47,37 @@ def judge(cfg, role):
 
 
 def perceptual(cfg):
-    """LPIPS on the teacher's feature map, as the method file's stand-in."""
-    if not cfg.perceptual:
-        return None
-    teacher = judge(cfg, "teacher")
-    return lambda x, y: vitok.lpips(x, y, lambda a: [teacher.spatial(a)], [torch.full((64,), 0.1)])
+    """LPIPS's features on the teacher's map, as the method file's stand-in."""
+    return vitok.TeacherFeatures(judge(cfg, "teacher"), torch.device("cpu")) if cfg.perceptual else None
+
+
+def seed_weights(cfg, stage):
+    """What common.Run.seed_weights does."""
+    torch.manual_seed(common.make_generator(cfg.seed, 0, f"{stage} weights").initial_seed())
+
+
+def step_of(opt, value, rate):
+    """One step down the gradient of `value`, of the weights of `opt` alone."""
+    params = opt.param_groups[0]["params"]
+    common.set_learning_rate(opt, rate)
+    opt.zero_grad()
+    value.backward(inputs=params)
+    opt.step()
 
 
 def fit(cfg, make=vitok.Autoencoder, bf16=False):
     """vitok.train_ae without a folder; `make` builds another model with the same forward."""
     key = (repr(cfg), make.__name__, bf16)
     if key not in CACHE:
-        torch.manual_seed(common.draws(cfg.seed, 0, "ae weights").initial_seed())
-        model, loss = make(cfg), perceptual(cfg)
-        opt = torch.optim.AdamW(model.parameters(), **vitok.ADAMW)
+        features = perceptual(cfg)
+        seed_weights(cfg, "ae")
+        model = make(cfg)
+        opt = vitok.optimizer(model, cfg)
         for step in range(cfg.steps):
-            x, _, draws = vitok.draw(dataset(cfg), cfg, step, "ae", cfg.batch, torch.device("cpu"))
+            batch, draws = vitok.draw(dataset(cfg), cfg, step, torch.device("cpu"), "ae")
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                value, _ = vitok.loss_ae(model, x, draws, cfg, loss)
-            vitok.update(opt, value, cfg.lr * cfg.batch * cfg.frames / 256 * vitok.cosine(step / cfg.steps))
+                value, _ = vitok.loss_ae(model, batch, draws, cfg, features)
+            step_of(opt, value, vitok.learning_rate(cfg, step, "ae"))
         CACHE[key] = model.eval().requires_grad_(False)
     return CACHE[key]
 
@@ -74,16 +85,17 @@ def fit(cfg, make=vitok.Autoencoder, bf16=False):
 def fit_decoder(cfg, steps):
     """vitok.train_decoder without a folder: the averaged decoder behind the frozen encoder."""
     model = copy.deepcopy(fit(cfg))
+    cfg = dataclasses.replace(cfg, steps_decoder=steps)
     ema, disc = copy.deepcopy(model.decoder), vitok.Discriminator(cfg.size, cfg.disc)
     model.decoder.requires_grad_(True)
-    opt, opt_disc = (torch.optim.AdamW(player.parameters(), **vitok.ADAMW) for player in (model.decoder, disc))
+    opt, opt_disc = vitok.optimizer(model.decoder, cfg), vitok.optimizer(disc, cfg)
     for step in range(steps):
-        x, _, draws = vitok.draw(dataset(cfg), cfg, step, "decoder", cfg.batch, torch.device("cpu"))
+        batch, draws = vitok.draw(dataset(cfg), cfg, step, torch.device("cpu"), "decoder")
         weight = cfg.gan * vitok.ramp(step, steps / 20, steps / 2)
-        value, _, recon = vitok.loss_decoder(model, x, draws, cfg, perceptual(cfg), disc, weight)
-        value_disc = vitok.loss_disc(disc, x, recon)
-        vitok.update(opt, value, cfg.lr * cfg.batch / 256 * vitok.cosine(step / steps))
-        vitok.update(opt_disc, value_disc, cfg.lr_disc * cfg.batch / 256 * vitok.ramp(step + 1, 0, steps / 4))
+        value, _, recon = vitok.loss_decoder(model, batch, draws, cfg, perceptual(cfg), disc, weight)
+        value_disc = vitok.loss_disc(disc, batch[0], recon)
+        step_of(opt, value, vitok.learning_rate(cfg, step, "decoder"))
+        step_of(opt_disc, value_disc, cfg.lr_disc * cfg.batch / 256 * vitok.ramp(step + 1, 0, steps / 4))
         common.ema_update(ema, model.decoder, cfg.ema)
     model.decoder = ema
     return model.requires_grad_(False)
@@ -91,14 +103,14 @@ def fit_decoder(cfg, steps):
 
 def fit_dit(cfg, tokenizer, steps):
     """vitok.train_dit without a folder: the averaged generator on the tokenizer's codes."""
-    torch.manual_seed(common.draws(cfg.seed, 0, "dit weights").initial_seed())
+    cfg = dataclasses.replace(cfg, steps_dit=steps, batch_dit=64)
+    seed_weights(cfg, "dit")
     model = vitok.DiT(cfg, 10)
-    ema, opt = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), **vitok.ADAMW)
+    ema, opt = copy.deepcopy(model), vitok.optimizer(model, cfg)
     for step in range(steps):
-        x, y, draws = vitok.draw(dataset(cfg), cfg, step, "dit", 64, torch.device("cpu"))
+        (x, y), draws = vitok.draw(dataset(cfg), cfg, step, torch.device("cpu"), "dit")
         z = vitok.bottleneck(*tokenizer.encoder(x), draws["noise"])
-        rate = cfg.lr_dit * 64 / 256 * vitok.cosine(step / steps, low=0.075, warmup=0.1)
-        vitok.update(opt, vitok.loss_dit(model, (z, y), draws)[0], rate)
+        step_of(opt, vitok.loss_dit(model, (z, y), draws)[0], vitok.learning_rate(cfg, step, "dit"))
         common.ema_update(ema, model, cfg.ema)
     return ema.requires_grad_(False)
 
@@ -115,7 +127,7 @@ def ssim(x, y):
 
 def reconstructed(model, cfg):
     """PSNR, SSIM and toy Frechet distance of test reconstructions, with the real-against-real floor."""
-    x, y, psnr = vitok.reconstruct(model, cfg)
+    x, y, psnr = vitok.reconstruct(cfg, model)
     a, b = (v.transpose(1, 2).flatten(0, 1) for v in (x, y))
     ruler, half = judge(cfg, "ruler"), len(a) // 2
     real, decoded = ruler.features(a), ruler.features(b[half:])
@@ -126,7 +138,7 @@ def reconstructed(model, cfg):
 def generated(model, tokenizer, cfg, scale):
     """Toy Frechet distance and class accuracy of samples (first frames), against as many test images."""
     labels, ruler = torch.arange(cfg.count) % 10, judge(cfg, "ruler")
-    blocks = [vitok.sample(model, y, common.draws(cfg.seed, i, "sample"), cfg.calls, scale)
+    blocks = [vitok.sample(model, y, common.make_generator(cfg.seed, i, "sample"), cfg.num_steps, scale)
               for i, y in enumerate(labels.split(100))]
     clips = torch.cat([tokenizer.decoder(z).clamp(-1, 1) for z in blocks])
     test = vitok.clips(vitok.open_split(cfg, "test", cfg.count), np.arange(cfg.count))
@@ -144,7 +156,7 @@ def motion(a, b):
 
 def macs(cfg):
     """Multiply-adds of both sides."""
-    return vitok.plan(cfg)["MACs"]
+    return vitok.count_costs(cfg)["MACs"]
 
 
 # --- The size of the code --------------------------------------------------------
@@ -153,7 +165,7 @@ def grid(scale, seed):
     """The study's ten configurations: E from 16 to 512 with patch 8, from 128 to 1024 with patch 4. Left out: one
     channel with patch 4. Its 64 tokens of one float hardly train: an eleventh point at 16.5 dB makes R² .80."""
     sweep = {name: vitok.PRESETS["sweep"][name] for name in ("sweep", "steps")}
-    return list(vitok.points(config(scale, seed, **sweep)))
+    return list(vitok.parse_sweep(config(scale, seed, **sweep)))
 
 
 def plot(table):
@@ -161,7 +173,7 @@ def plot(table):
     lines = {f"patch {p}": ([int(e) for e in row], [float(np.mean(v)) for v in row.values()],
                             [float(np.std(v)) for v in row.values()]) for p, row in table.items()}
     E, psnr = (np.concatenate([line[i] for line in lines.values()]) for i in (0, 1))
-    (slope, start), r2 = vitok.fit(np.log2(E), psnr)
+    (slope, start), r2 = vitok.least_squares(np.log2(E), psnr)
     ends = np.array([E.min(), E.max()])
     lines["fit of all"] = (ends.tolist(), (slope * np.log2(ends) + start).tolist())
     title = f"PSNR on log E: {slope:+.2f} dB per doubling, R² {r2:.3f} (paper: +2.30, .92)"
@@ -173,11 +185,11 @@ def size_of_the_code(scale):
     fits, table = {"E": [], "MACs": []}, {}
     for seed in seeds(scale):
         cfgs = grid(scale, seed)
-        results = [vitok.reconstruct(fit(cfg), cfg) for cfg in cfgs]
+        results = [vitok.reconstruct(cfg, fit(cfg)) for cfg in cfgs]
         psnr = [value for _, _, value in results]
-        E = [vitok.plan(cfg)["E"] for cfg in cfgs]
-        fits["E"].append(vitok.fit(np.log2(E), psnr))
-        fits["MACs"].append(vitok.fit(np.log2([macs(cfg) for cfg in cfgs]), psnr))
+        E = [vitok.count_costs(cfg)["E"] for cfg in cfgs]
+        fits["E"].append(vitok.least_squares(np.log2(E), psnr))
+        fits["MACs"].append(vitok.least_squares(np.log2([macs(cfg) for cfg in cfgs]), psnr))
         for cfg, e, value in zip(cfgs, E, psnr):
             table.setdefault(cfg.model.split("/")[1], {}).setdefault(e, []).append(value)
     plot(table)
@@ -208,12 +220,12 @@ def precision(scale):
 
 def depths(scale):
     """Encoder or decoder three blocks instead of one (Figs. 6 to 8)."""
-    arms = {"1-1": "72x1x6-72x1x6/8", "3-1": "72x3x6-72x1x6/8", "1-3": "72x1x6-72x3x6/8"}
-    psnr = {name: [] for name in arms}
+    variants = {"1-1": "72x1x6-72x1x6/8", "3-1": "72x3x6-72x1x6/8", "1-3": "72x1x6-72x3x6/8"}
+    psnr = {name: [] for name in variants}
     for seed in seeds(scale):
-        for name, model in arms.items():
+        for name, model in variants.items():
             cfg = config(scale, seed, model=model, steps=2 * STEPS[scale])
-            psnr[name].append(vitok.reconstruct(fit(cfg), cfg)[2])
+            psnr[name].append(vitok.reconstruct(cfg, fit(cfg))[2])
     gain = {name: float(np.mean(psnr[name]) - np.mean(psnr["1-1"])) for name in ("3-1", "1-3")}
     shown = abs(gain["3-1"]) < 0.2 and gain["1-3"] > 0.1
     return {"claim": "a larger decoder helps reconstruction, a larger encoder hardly",
@@ -288,9 +300,8 @@ def convolutions(scale):
         cfg = config(scale, seed)
         for name, make in (("ViTok", vitok.Autoencoder), ("conv", ConvAutoencoder)):
             model = fit(dataclasses.replace(cfg, lr=cfg.lr if name == "ViTok" else 1e-2), make)
-            psnr[name].append(vitok.reconstruct(model, cfg)[2])
-            with sdpa_kernel(SDPBackend.MATH):
-                cost[name] = common.flops(lambda: model(torch.zeros(1, 3, 1, 32, 32))) / 2e6
+            psnr[name].append(vitok.reconstruct(cfg, model)[2])
+            cost[name] = common.flops(lambda: model(torch.zeros(1, 3, 1, 32, 32))) / 2e6
     gap, ratio = np.mean(psnr["ViTok"]) - np.mean(psnr["conv"]), cost["conv"] / cost["ViTok"]
     return {"claim": "competitive reconstruction at 2 to 5 times fewer FLOPs than convolutional auto-encoders",
             "paper": "4.66 x fewer at 256 px, 4.07 x at 512 px, 3.14 x for video; PSNR -0.7 dB",
@@ -327,7 +338,7 @@ def video(scale):
     for seed in seeds(scale):
         cfg = config(scale, seed, model="72x1x6-72x2x6/2x8", frames=8, channels=16, batch=8)
         for name, make in (("tubelets", vitok.Autoencoder), ("frame by frame", FrameByFrame)):
-            psnr[name].append(vitok.reconstruct(fit(cfg, make), dataclasses.replace(cfg, count=100))[2])
+            psnr[name].append(vitok.reconstruct(dataclasses.replace(cfg, count=100), fit(cfg, make))[2])
     gain = float(np.mean(psnr["tubelets"]) - np.mean(psnr["frame by frame"]))
     return {"claim": "video is reconstructed better than its frames at equal pixels per float",
             "paper": "33.2 dB for clips against 26.1 dB for images at 48 pixels per float",
@@ -341,7 +352,7 @@ def clip_length(scale):
     for seed in seeds(scale):
         for frames in (4, 8, 16):
             cfg = config(scale, seed, model="72x1x6-72x2x6/2x8", frames=frames, channels=16, batch=64 // frames, count=100)
-            psnr.setdefault(frames, []).append(vitok.reconstruct(fit(cfg), cfg)[2])
+            psnr.setdefault(frames, []).append(vitok.reconstruct(cfg, fit(cfg))[2])
     mean = [float(np.mean(v)) for v in psnr.values()]
     return {"claim": "longer clips help a little", "paper": "PSNR 25.6, 26.3, 27.9 for 16, 32, 64 frames; not monotone in rFVD",
             "measured": "; ".join(f"{frames} frames {spread(v)} dB" for frames, v in psnr.items()),
@@ -396,15 +407,16 @@ def speed(scale):
     for size, batch in ((256, 64), (512, 16)):
         cfg = dataclasses.replace(vitok.Config(), **vitok.PRESETS["S-B/16"], size=size, perceptual=0.0, compile=True)
         model = vitok.Autoencoder(cfg).cuda()
-        opt = torch.optim.AdamW(model.parameters(), lr=1e-4, **vitok.ADAMW)
+        common.compile_blocks(cfg, model.blocks)
+        opt = vitok.optimizer(model, cfg)
         x = torch.randn(batch, 3, 1, size, size, device="cuda")
-        draws = {"noise": torch.randn(batch, vitok.sizes(cfg).tokens, 16, device="cuda"), "length": None}
+        draws = {"noise": torch.randn(batch, vitok.sizes(cfg).M, 16, device="cuda"), "length": None}
         for step in range(30):
             if step == 10:
                 torch.cuda.synchronize()
                 start = time.perf_counter()
             with common.autocast(cfg):
-                value, _ = vitok.loss_ae(model, x, draws, cfg, None)
+                value, _ = vitok.loss_ae(model, (x, None), draws, cfg, None)
             opt.zero_grad()
             value.backward()
             opt.step()
