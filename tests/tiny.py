@@ -27,7 +27,7 @@ TINY = {
 }
 
 VARIANTS = {
-    "detailflow": [["--zoom", "1.25", "--kmeans", "1", "--top_k", "9", "--top_p", "0.9", "--guidance", "1"],
+    "detailflow": [["--zoom", "1.25", "--kmeans", "1", "--top_k", "9", "--top_p", "0.9", "--cfg_scale", "1"],
                    ["--no-correct", "--degrade", "1", "--gan_from", "0", "--kmeans", "0"]],
     "flextok": [["--condition", "text", "--top_k", "9", "--top_p", "0.9", "--guidance", "1", "--time", "logit-normal"],
                 ["--no-apg", "--repa", "0", "--nested", "uniform"]],
