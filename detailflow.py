@@ -33,9 +33,6 @@ from typing import ClassVar, Literal, NamedTuple
 import common  # before torch: it says how torch's threads wait
 import data
 
-import common
-import data
-
 import numpy as np
 import torch
 import torch.nn as nn
@@ -1023,12 +1020,12 @@ def prepare(cfg):
         return
     common.require_memory(cfg, lambda: Tokenizer(cfg))
     common.require_memory(cfg, lambda: AR(cfg, 1))
+    common.require(cfg.count > 1, "--count 1: the error of a run is measured on 2 images or more")
     train = open_split(cfg, "train")
     test = open_split(cfg, "test", cfg.count)
-    for split, found, why in (("train", train, "a judge"), ("test", test, "the error, a share of variance,")):
-        name = f"{split} split of {cfg.data}: {len(found)} image"
-        common.require(len(found) > 1, f"{name}; {why} needs 2")
-    common.require(cfg.count > 1, "--count 1: the error of a run is measured on 2 images or more")
+    print(data.describe({"train": train, "test": test}), flush=True)
+    data.require_images(train, "train", 2, "a judge")
+    data.require_images(test, "test", 2, "the error, a share of variance,")
     common.parse_classes(cfg.classes, len(train.classes))
     if cfg.tokenizer or cfg.stage == "ar":
         common.read_checkpoint(cfg.tokenizer or tokenizer_path(cfg), "detailflow")

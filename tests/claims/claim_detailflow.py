@@ -14,7 +14,7 @@ from unittest import mock
 import common
 import detailflow
 from tests import ROOT
-from tests.claims import seeds, spread
+from tests.claims import bar_chart, seeds, spread
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ LADDER = {                                           # Tab. 2: each arm's change
 
 def config(scale, seed, **changes):
     """The demo's configuration at the scale's length, with the reconstruction loss alone."""
-    fixed = dict(size=16, patch=4, tokens=16, group=4, causal=4, kmeans=200, guidance=1.5, perceptual=0.0, gan=0.0,
+    fixed = dict(size=16, patch=4, tokens=16, group=4, causal=4, kmeans=200, cfg_scale=1.5, perceptual=0.0, gan=0.0,
                  align=0.0, steps_tokenizer=0, steps_ar=0, seed=seed, count=IMAGES[scale])
     return dataclasses.replace(detailflow.Config(), **detailflow.PRESETS["demo"] | fixed | changes)
 
@@ -63,10 +63,13 @@ def opened(cfg, split, count=20_000):
 class Quiet:
     """In the place of common.Run: it keeps what a stage trains and writes nothing."""
 
-    def __init__(self, cfg, stage, steps):
-        self.total = steps
+    def __init__(self, cfg, stage, classes):
+        self.cfg, self.stage, self.total = cfg, stage, cfg.steps
 
-    def restore(self, **objects):
+    def seed_weights(self):
+        torch.manual_seed(common.make_generator(self.cfg.seed, 0, f"{self.stage} weights").initial_seed())
+
+    def restore(self, frozen=None, **objects):
         Quiet.kept = objects
         return 0
 
@@ -89,7 +92,7 @@ class Unordered(detailflow.Tokenizer):
 
 def stage(name, cfg, steps, **changes):
     """Run a stage of detailflow.py; returns what it would have saved. changes: names of the file to replace."""
-    cfg = dataclasses.replace(cfg, steps=steps)
+    cfg = dataclasses.replace(cfg, steps=steps)                             # config() leaves steps_X at 0: --steps
     with mock.patch.object(common, "Run", Quiet), mock.patch.multiple(detailflow, open_split=opened, **changes):
         detailflow.STAGES[name](cfg)
     return Quiet.kept
@@ -104,7 +107,8 @@ def fit(cfg, scale, kind=detailflow.Tokenizer):
 
 def fit_ar(cfg, scale, tokenizer):
     """The averaged AR model on a tokenizer."""
-    make = lambda: stage("ar", cfg, STEPS[scale]["ar"], load=lambda *_: (tokenizer, None))["ema"]
+    known = dict(load=lambda *_: (tokenizer, None, []), tokenizer_path=lambda cfg: "")
+    make = lambda: stage("ar", cfg, STEPS[scale]["ar"], **known)["ema"]
     return once((repr(cfg), scale, id(tokenizer)), make)                    # CACHE keeps it: its id stays its own
 
 
@@ -137,7 +141,7 @@ def quality(cfg, recon, drawn, labels):
 
 def sample_draws(cfg, L):
     """Labels (M,) and uniform draws (M, L) of the samples."""
-    return torch.arange(cfg.count) % 10, torch.rand(cfg.count, L, generator=common.draws(cfg.seed, 0, "sample"))
+    return torch.arange(cfg.count) % 10, torch.rand(cfg.count, L, generator=common.make_generator(cfg.seed, 0, "sample"))
 
 
 def measured(cfg, scale, kind=detailflow.Tokenizer):
@@ -146,9 +150,9 @@ def measured(cfg, scale, kind=detailflow.Tokenizer):
         tokenizer = fit(cfg, scale, kind)
         ar = fit_ar(cfg, scale, tokenizer)
         y, u = sample_draws(cfg, cfg.tokens)
-        drawn = detailflow.by_blocks(cfg, lambda a, b: detailflow.generate(ar, a, b, cfg), y, u)
-        ids = detailflow.encoded(tokenizer, cfg, test_images(cfg))[:, 0]
-        recon, drawn = (detailflow.decoded(tokenizer, cfg, part) for part in (ids, drawn))
+        drawn = common.in_blocks(lambda a, b: detailflow.generate(ar, a, b, cfg), common.device_of(cfg), y, u)
+        ids = detailflow.encode_images(tokenizer, test_images(cfg))[:, 0]
+        recon, drawn = (detailflow.decode_ids(tokenizer, part) for part in (ids, drawn))
         return quality(cfg, recon, drawn, y)
     return once((repr(cfg), scale, kind, "figures"), make)
 
@@ -202,10 +206,11 @@ def prefixes(scale):
         for arm, name in arms.items():
             cfg = config(scale, seed, **LADDER[name][0])
             tokenizer, counts = fit(cfg, scale), detailflow.admissible(cfg)
-            ids = detailflow.encoded(tokenizer, cfg, x)[:, 0]
-            parts = [detailflow.decoded(tokenizer, cfg, ids[:, :n]) for n in counts]
-            whole = [tokenizer.decode(tokenizer.vq.values(ids), n, cfg.size) for n in counts]
-            goals = [detailflow.degraded(x, n, cfg) for n in counts]
+            ids = detailflow.encode_images(tokenizer, x)[:, 0]
+            parts = [detailflow.decode_ids(tokenizer, ids[:, :n]) for n in counts]
+            vectors = tokenizer.read(tokenizer.vq.vectors(ids))
+            whole = [tokenizer.decoder(vectors[:, :n], cfg.size) for n in counts]
+            goals = [detailflow.make_target(x, n, cfg) for n in counts]
             curves[f"{arm}, own target"].append([psnr(y, goal) for y, goal in zip(parts, goals)])
             curves[f"{arm}, full image"].append([psnr(y, x) for y in parts])
             curves[f"{arm}, full side"].append([psnr(y, x) for y in whole])
@@ -299,7 +304,7 @@ def parallel(scale):
     results = climb(scale, names)
     ladder = results | climb(scale, ["first group causal"])
     bars = {name: {key: float(np.mean([r[key] for r in rs])) for key in ("gFD", "rFD")} for name, rs in ladder.items()}
-    common.bar_chart(ROOT / "assets/detailflow_ladder.svg", bars, "DetailFlow: toy FD, one change after the other")
+    bar_chart(ROOT / "assets/detailflow_ladder.svg", bars, "DetailFlow: toy FD, one change after the other")
     loss = [-v for v in gains(results, "coarse to fine", "parallel")]
     back = gains(results, "parallel", "corrected")
     return {"claim": "parallel groups cost quality, self-correction regains about half", "paper": paper(*names),
@@ -316,12 +321,12 @@ def noise(scale):
         tokenizer, places = copy.copy(fit(cfg, scale)), [*range(cfg.causal), *range(cfg.causal, cfg.tokens, cfg.group)]
         for s in places:
             tokenizer.cfg = dataclasses.replace(cfg, near=1)            # the nearest code is the token itself
-            control = detailflow.encoded(tokenizer, cfg, x, s)[:, 1]
+            control = detailflow.encode_images(tokenizer, x, s)[:, 1]
             tokenizer.cfg = cfg
-            clean, given, _ = detailflow.encoded(tokenizer, cfg, x, s).unbind(1)
+            clean, given, _ = detailflow.encode_images(tokenizer, x, s).unbind(1)
             end = s + (1 if s < cfg.causal else cfg.group)
             left = torch.cat([clean[:, :s], given[:, s:end], clean[:, end:]], 1)
-            drawn = [detailflow.decoded(tokenizer, cfg, ids) for ids in (clean, left, control, given)]
+            drawn = [detailflow.decode_ids(tokenizer, ids) for ids in (clean, left, control, given)]
             rows.append([seed, s, *((y - x).square().mean().item() for y in drawn)])
     table = np.array(rows).reshape(-1, len(places), 6)[..., 2:]         # (seeds, places, 4)
     mean, added, still = table.mean(0), table[..., 1] - table[..., 0], table[..., 3] - table[..., 2]
@@ -390,7 +395,7 @@ class Scales(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        (D, depth, H, m), (E, deep, G, k) = detailflow.shape(cfg.encoder), detailflow.shape(cfg.decoder)
+        (D, depth, H, m), (E, deep, G, k) = detailflow.parse_network(cfg.encoder), detailflow.parse_network(cfg.decoder)
         self.f, self.n, d = cfg.patch, cfg.size // cfg.patch, cfg.dim
         self.sides, std = SCALES[self.n], cfg.std or 0.02
         self.embed, self.norm, self.quant = nn.Linear(3 * self.f ** 2, D), nn.LayerNorm(D), nn.Linear(D, d)
@@ -440,7 +445,7 @@ class Scales(nn.Module):
     def renew(self, x, first):
         """As detailflow.renew_codes: all codes by k-means of residuals, or those unused since the last time."""
         v = self(self.encode(x))[3].flatten(0, 1)
-        codes = v[torch.randperm(len(v), generator=common.draws(0, 0, "codes"))[:len(self.codes)]]
+        codes = v[torch.randperm(len(v), generator=common.make_generator(0, 0, "codes"))[:len(self.codes)]]
         for _ in range(20 if first else 0):
             near = (codes.square().sum(1) - 2 * v @ codes.T).argmin(1)
             count = torch.bincount(near, minlength=len(codes))[:, None]
@@ -455,7 +460,7 @@ class NextScale(nn.Module):
 
     def __init__(self, cfg, classes):
         super().__init__()
-        (D, depth, H, m), sides = detailflow.shape(cfg.gpt), SCALES[cfg.size // cfg.patch]
+        (D, depth, H, m), sides = detailflow.parse_network(cfg.gpt), SCALES[cfg.size // cfg.patch]
         level = torch.tensor([k for k, s in enumerate(sides) for _ in range(s * s)])
         self.spans = [(sum(r * r for r in sides[:k]), sum(r * r for r in sides[:k + 1])) for k in range(len(sides))]
         self.classes, self.label, self.read = classes, nn.Embedding(classes + 1, D), nn.Linear(cfg.dim, D)
@@ -484,24 +489,25 @@ def next_scales(model, scales, y, u, cfg):
     for k, (i, j) in enumerate(model.spans):
         v = scales.shrunk(total, k).repeat(2, 1, 1) if k else None
         logits, without = model(labels, v, i, past).chunk(2)
-        logits = without + cfg.guidance * (logits - without)
-        mass = detailflow.filtered(logits.flatten(0, 1), cfg).softmax(1).cumsum(1)
-        ids = torch.searchsorted(mass, u[:, i:j].reshape(-1, 1).double() * mass[:, -1:], right=True)
+        logits = without + cfg.cfg_scale * (logits - without)
+        rows = common.filter_logits(logits.flatten(0, 1), cfg.temperature, cfg.top_k, cfg.top_p)
+        ids = common.invert_distribution(rows, u[:, i:j].flatten())
         total = total + scales.enlarge(scales.codes[ids.view(len(y), -1)], k)
     return total
 
 
 def fit_scales(cfg, scale):
     """As detailflow.train_tokenizer: no codes at first, then k-means, then codes come back until 70 %."""
-    torch.manual_seed(common.draws(cfg.seed, 0, "scales weights").initial_seed())
-    model, dataset, total = Scales(cfg), opened(cfg, "train"), STEPS[scale]["tokenizer"]
+    cfg = dataclasses.replace(cfg, steps=STEPS[scale]["tokenizer"])
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "scales weights").initial_seed())
+    model, dataset, total = Scales(cfg), opened(cfg, "train"), cfg.steps
     opt = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     for step in range(total):
-        x, *_ = detailflow.draw(dataset, cfg, step, "tokenizer", cfg.batch, torch.device("cpu"))
+        x, *_ = detailflow.draw_images(dataset, cfg, step, "tokenizer", cfg.batch)
         model.free = step < cfg.kmeans
         if step and step % cfg.kmeans == 0 and step < 0.7 * total:
             model.renew(dataset.pixels(np.arange(64 * cfg.codes // model.n ** 2)), step == cfg.kmeans)
-        detailflow.set_rate(opt, step / total, cfg.lr * cfg.batch / 256, cfg.warmup, 0.1, 0.1)
+        common.set_learning_rate(opt, detailflow.learning_rate(cfg, step))
         coded, ids, _, _, loss = model(model.encode(x))
         opt.zero_grad()
         (F.mse_loss(model.decode(coded), x) + loss).backward()
@@ -513,16 +519,15 @@ def fit_scales(cfg, scale):
 
 def fit_next_scale(cfg, scale, scales):
     """As detailflow.train_ar, on the codes of all scales."""
-    torch.manual_seed(common.draws(cfg.seed, 0, "ar weights").initial_seed())
-    model, dataset, total = NextScale(cfg, 10), opened(cfg, "train"), STEPS[scale]["ar"]
-    ema, batch = copy.deepcopy(model).requires_grad_(False).eval(), cfg.batch_ar or cfg.batch
-    decay = [{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix], "weight_decay": rate}
-             for matrix, rate in ((True, 0.05), (False, 0.0))]
-    opt = torch.optim.AdamW(decay, betas=(0.9, 0.95), fused=True)
-    for step in range(total):
-        x, index, u, _ = detailflow.draw(dataset, cfg, step, "ar", batch, torch.device("cpu"))
-        y = torch.from_numpy(dataset.labels[index]).masked_fill(u[:, 5] < cfg.label_drop, model.classes)
-        detailflow.set_rate(opt, step / total, cfg.lr_ar, 0.05, 0.005, 0.01, turn=0.05)
+    cfg = dataclasses.replace(cfg, steps=STEPS[scale]["ar"])
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "ar weights").initial_seed())
+    model, dataset = NextScale(cfg, 10), opened(cfg, "train")
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    opt = detailflow.optimizer_ar(model)
+    for step in range(cfg.steps):
+        (x, y), draws = detailflow.draw_ar(dataset, cfg, step, torch.device("cpu"))
+        y = y.masked_fill(draws["drop"], model.classes)
+        common.set_learning_rate(opt, detailflow.learning_rate_ar(cfg, step))
         common.seed_dropout(cfg.seed, step)
         _, ids, inputs, _, _ = scales(scales.encode(x))
         opt.zero_grad()
@@ -540,8 +545,9 @@ def measured_var(cfg, scale):
     y, u = sample_draws(cfg, model.spans[-1][1])
     draw = lambda a, b: scales.decode(next_scales(model, scales, a, b, cfg))
     code = lambda x: scales.decode(scales(scales.encode(x))[0])
-    recon = detailflow.by_blocks(cfg, code, test_images(cfg))
-    return quality(cfg, recon, detailflow.by_blocks(cfg, draw, y, u), y)
+    device = common.device_of(cfg)
+    recon = common.in_blocks(code, device, test_images(cfg))
+    return quality(cfg, recon, common.in_blocks(draw, device, y, u), y)
 
 
 def var(scale):
@@ -570,7 +576,7 @@ def var_cost(scale):
     wide = dict(codes=512, gpt="256x6x4x768")
     sizes = {"16 px": {}, "32 px": dict(size=32, tokens=32, **wide),
              "64 px, the paper's steps": dict(size=64, tokens=128, group=8, causal=8, **wide)}
-    large = detailflow.PRESETS["DetailFlow-16"] | dict(guidance=1.5)
+    large = detailflow.PRESETS["DetailFlow-16"] | dict(cfg_scale=1.5)
     cfgs = {name: config(scale, 0, **changes) for name, changes in sizes.items()}
     cfgs["GPT-L at 256 px"] = dataclasses.replace(detailflow.Config(), **large)     # counted alone, not run
     numbers, texts = {}, []
@@ -616,7 +622,7 @@ def gpu(scale):
         with torch.device("cuda"):
             tokenizer = detailflow.Tokenizer(cfg).eval()
         draw = runs["g = 8"]
-        runs["g = 8 and decoder"] = lambda: tokenizer.decode(tokenizer.vq.values(draw()), cfg.tokens)
+        runs["g = 8 and decoder"] = lambda: tokenizer.decode(tokenizer.vq.vectors(draw()))
         with torch.no_grad(), common.autocast(cfg):
             times = interleaved(runs, 15)
         numbers["bf16" if bf16 else "fp32"] = {name: row[0] for name, row in times.items()}
