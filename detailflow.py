@@ -19,7 +19,7 @@ Left out: SigLIP2, DINO and LPIPS (--teacher reads one network for all, a small 
           spectral norm, SyncBN of the discriminator (1x1 heads instead); the entropy loss (weight 0).
 Letters:  B images, C channels, R side of the image, f patch, P patches, N tokens, n of them kept, g group,
           c first tokens, one by one, K codes, d their width, s first noisy token, e first token behind the
-          noise, D width, H heads, L positions, S features of the teacher. sg: a constant for the gradient.
+          noise, D width, H heads, w = D / H, L positions, S features of the teacher; sg: stop-gradient.
 CUDA:     never run on CUDA.
 Read in this order: resolution, group_causal, VQ, Tokenizer, loss_tokenizer, AR, generate. 20 minutes.
 """
@@ -209,23 +209,23 @@ def gaussian(std, *shape):
 
 
 # D12  position p of the AR model has row (p - 1) // g and column (p - 1) mod g; pair i of a head turns by
-#      the row (first half of the pairs) or the column (second half) times 10000^(-2 i / (d / 2))
+#      the row (first half of the pairs) or the column (second half) times 10000^(-2 i / (w / 2))
 
 
-def rotary_embedding(N, g, d):
-    """Cosines and sines (2, N, d/2) of D12, for heads of width d.
+def rotary_embedding(N, g, w):
+    """Cosines and sines (2, N, w/2) of D12, for heads of width w.
 
     Official code, as LlamaGen: for the class, p = 0, both are 0, and so its queries and keys are; and rows
     begin one position behind the groups of the mask.
     """
     p = torch.arange(N - 1)[:, None]
-    rate = 10_000.0 ** (-torch.arange(0, d // 2, 2) / (d // 2))
+    rate = 10_000.0 ** (-torch.arange(0, w // 2, 2) / (w // 2))
     angle = torch.cat([p // g * rate, p % g * rate], 1)
-    return F.pad(torch.stack([angle.cos(), angle.sin()]), (0, 0, 1, 0))                         # (2, N, d/2)
+    return F.pad(torch.stack([angle.cos(), angle.sin()]), (0, 0, 1, 0))                         # (2, N, w/2)
 
 
 def rotate(x, rotation):
-    """Turn adjacent pairs of x (B, H, N, d) by their position's angles (2, N, d/2); never in bf16."""
+    """Turn adjacent pairs of x (B, H, N, w) by their position's angles (2, N, w/2); never in bf16."""
     cos, sin = rotation
     a, b = x.unflatten(3, (-1, 2)).unbind(4)                                    # (B, H, N, k), (B, H, N, k)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], 4).flatten(3).type_as(x)     # (B, H, N, 2*k)
@@ -251,20 +251,20 @@ class Block(nn.Module):
 
     def forward(self, h, mask=None, kv_cache=None, rotation=None):
         """Outputs for h (B, N, D); keys and values, behind those of earlier positions in kv_cache."""
-        qkv = self.qkv(self.norm1(h)).unflatten(2, (3, self.heads, -1))                    # (B, N, 3, H, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # each (B, H, N, d)
+        qkv = self.qkv(self.norm1(h)).unflatten(2, (3, self.heads, -1))                    # (B, N, 3, H, w)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                             # each (B, H, N, w)
         if rotation is not None:
-            q = rotate(q, rotation)                                                           # (B, H, N, d)
-            k = rotate(k, rotation)                                                           # (B, H, N, d)
+            q = rotate(q, rotation)                                                           # (B, H, N, w)
+            k = rotate(k, rotation)                                                           # (B, H, N, w)
         if kv_cache is not None:
-            k = torch.cat([kv_cache[0], k], 2)                                                # (B, H, L, d)
-            v = torch.cat([kv_cache[1], v], 2)                                                # (B, H, L, d)
-        y = F.scaled_dot_product_attention(q, k, v, mask)                                     # (B, H, N, d)
+            k = torch.cat([kv_cache[0], k], 2)                                                # (B, H, L, w)
+            v = torch.cat([kv_cache[1], v], 2)                                                # (B, H, L, w)
+        y = F.scaled_dot_product_attention(q, k, v, mask)                                     # (B, H, N, w)
         h = h + self.dropout(self.out(y.transpose(1, 2).flatten(2)))                             # (B, N, D)
         x = self.norm2(h)                                                                        # (B, N, D)
         up = self.up(x)                                                                          # (B, N, m)
         y = F.silu(self.gate(x)) * up if self.gate else F.gelu(up, approximate="tanh")           # (B, N, m)
-        return h + self.dropout(self.down(y)), (k, v)                              # (B, N, D), (B, H, L, d)
+        return h + self.dropout(self.down(y)), (k, v)                              # (B, N, D), (B, H, L, w)
 
 
 def initialise(module, llama):
@@ -372,7 +372,7 @@ class Encoder(nn.Module):
         for block, cache in zip(self.blocks, kv_cache):
             h, (k, v) = block(h, mask, cache)
             kept.append((k[:, :, :self.P], v[:, :, :self.P]))
-        return self.norm(h[:, -z.shape[1]:]), kept                                 # (B, n, D), (B, H, P, d)
+        return self.norm(h[:, -z.shape[1]:]), kept                                 # (B, n, D), (B, H, P, w)
 
 
 # D5  x^ = Linear(ViT[mask + grid(r), W q_1..n + positions_1..n]) on the mask tokens, r = image_side(n)
@@ -402,7 +402,7 @@ class Decoder(nn.Module):
         masks = self.mask + resize_grid(self.grid, r // self.f)                                     # (P, D)
         h = torch.cat([masks.expand(len(z), -1, -1), z], 1)                                      # (B, L, D)
         for block in self.blocks:
-            h, _ = block(h)                                                        # (B, L, D), (B, H, L, d)
+            h, _ = block(h)                                                        # (B, L, D), (B, H, L, w)
         return unpatchify(self.head(self.norm(h[:, :len(masks)])), self.f)                    # (B, C, r, r)
 
 
@@ -443,7 +443,7 @@ class Tokenizer(nn.Module):
     def encode(self, x):
         """Images (B, 3, R, R) to latents (B, N, d), before the codebook; and the cache of the patches."""
         h, kv_cache = self.encoder(x, (self.encoder.queries + self.encoder.positions)[None])
-        return self.quant(h), kv_cache                                             # (B, N, d), (B, H, P, d)
+        return self.quant(h), kv_cache                                             # (B, N, d), (B, H, P, w)
 
     def decode(self, q):
         """Vectors of the first n tokens (B, n, d) to images of the side that n tokens have."""
@@ -460,7 +460,7 @@ class Tokenizer(nn.Module):
         Returns vectors (2 B, N, d), the clean ones, then those corrected; a Triple; the losses as tokenize.
         """
         cfg = self.cfg
-        h, kv_cache = self.encode(x)                                               # (B, N, d), (B, H, P, d)
+        h, kv_cache = self.encode(x)                                               # (B, N, d), (B, H, P, w)
         q, ids, losses = self.vq(h)                                           # (B, N, d), (B, N), (2, B, N)
         place = torch.arange(cfg.tokens, device=x.device)                                              # (N)
         s = torch.as_tensor(s, device=x.device).expand(len(x))[:, None]                             # (B, 1)
@@ -472,7 +472,7 @@ class Tokenizer(nn.Module):
         prefix = torch.where(noisy[..., None], self.vq.vectors(wrong), q).detach()               # (B, N, d)
         # re-encode
         z = torch.where(late[..., None], self.encoder.refined, self.refine(prefix))              # (B, N, D)
-        h2, _ = self.encoder(x, z + self.encoder.positions, kv_cache)              # (B, N, D), (B, H, P, d)
+        h2, _ = self.encoder(x, z + self.encoder.positions, kv_cache)              # (B, N, D), (B, H, P, w)
         q2, ids2, losses2 = self.vq(self.quant(h2))                           # (B, N, d), (B, N), (2, B, N)
         # merge; 2N - e tokens were chosen by the two passes, the losses are a mean over them.
         q2 = torch.where(late[..., None], q2, prefix)                                            # (B, N, d)
@@ -711,13 +711,13 @@ def generate(model, y, u, cfg, cached=True):
     for i, j in spans(n, cfg.group, cfg.causal):
         known = ids.repeat(len(y) // B, 1)                      # zeros from i on, which nothing sees yet
         if cached:
-            logits = model.decode_step(known, y, i, j, kv_cache)                                 # (b, k, K)
+            logits = model.decode_step(known, y, i, j, kv_cache)                                 # (b, j-i, K)
         else:
-            logits = model(known, y)[:, i:j]                                                     # (b, k, K)
+            logits = model(known, y)[:, i:j]                                                     # (b, j-i, K)
         if guided:
-            cond, null = logits.chunk(2)                                           # (B, k, K), (B, k, K)
-            logits = null + guidance(i, cfg) * (cond - null)                                     # (B, k, K)
-        rows = common.filter_logits(logits.flatten(0, 1), cfg.temperature, cfg.top_k, cfg.top_p)    # (r, K)
+            cond, null = logits.chunk(2)                                            # (B, j-i, K), (B, j-i, K)
+            logits = null + guidance(i, cfg) * (cond - null)                                     # (B, j-i, K)
+        rows = common.filter_logits(logits.flatten(0, 1), cfg.temperature, cfg.top_k, cfg.top_p)
         ids[:, i:j] = common.invert_distribution(rows, u[:, i:j].flatten()).view(B, -1)
     return ids[:, :n]                                                                               # (B, n)
 
@@ -779,14 +779,15 @@ def draw_tokenizer(dataset, cfg, step, device):
     Before --kmeans there are no codes: all tokens are decoded and none is corrupted.
     """
     x, _, u, once = draw_images(dataset, cfg, step, "tokenizer", cfg.batch)
-    noise, colours = u[:, 6:].to(device).split([cfg.tokens, 100], 1)                        # (B, N), (B, k)
-    draws = {"n": cfg.tokens, "s": None, "noise": noise}
-    draws["augment"] = colours.unflatten(1, (5, 2, 10)).permute(1, 2, 0, 3).flatten(1, 2)       # (5, b, 10)
+    noise, augment = u[:, 6:].to(device).split([cfg.tokens, 100], 1)                        # (B, N), (B, k)
+    augment = augment.unflatten(1, (5, 2, 10)).permute(1, 2, 0, 3).flatten(1, 2)                # (5, b, 10)
+    n = cfg.tokens
+    s = None
     if step >= cfg.kmeans:
-        draws["n"] = prefix_length(*once[:2], cfg)
-        if cfg.correct and draws["n"] > 1:
-            draws["s"] = noise_start(once[2], draws["n"], cfg)
-    return x.to(device), draws
+        n = prefix_length(once[0], once[1], cfg)
+        if cfg.correct and n > 1:
+            s = noise_start(once[2], n, cfg)
+    return x.to(device), {"n": n, "s": s, "noise": noise, "augment": augment}
 
 
 # D8  the noise of an image for stage ar depends on (seed, image), as the official code freezes it when it
@@ -857,7 +858,7 @@ def renew_codes(model, dataset, cfg, step):
             sums = torch.zeros_like(codes).index_add_(0, (u @ codes.T).argmax(1), u)                # (K, d)
             codes = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=1), codes)         # (K, d)
     else:
-        codes = torch.where(vq.use[:, None] > 0, vq.codes, codes)                                   # (K, d)
+        codes = torch.where(vq.use[:, None] > 0, vq.codes, codes)
     vq.codes.copy_(common.average(codes))
     vq.use.zero_()
 

@@ -45,6 +45,13 @@ def arflow_extra(arflow):
     arflow.hybrid_matrix(q, k, v, -torch.rand(2, 3, 2, 5))
 
 
+def detailflow_extra(detailflow):
+    """The sampler without a cache: the plain form of the cached one."""
+    cfg = detailflow.Config(**TINY["detailflow"])
+    model = detailflow.AR(cfg, 3)
+    detailflow.generate(model, torch.tensor([0, 2]), torch.rand(2, cfg.tokens), cfg, cached=False)
+
+
 def vitok_extra(vitok):
     """VGG16 with random weights, as a file would bring them."""
     features = object.__new__(vitok.VGG16)
@@ -62,7 +69,7 @@ def slimfit_extra(slimfit):
 
 
 EXTRA = {
-    "detailflow": lambda detailflow: None,
+    "detailflow": detailflow_extra,
     "flextok": lambda flextok: None,
     "arflow": arflow_extra,
     "gpipe": lambda gpipe: None,
