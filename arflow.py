@@ -582,10 +582,10 @@ def prepare(cfg):
     if measured(cfg):
         judge = open_split(cfg, "judge")
         data.require_images(judge, "judge", 2 * len(judge.classes), "the ruler")
-        common.judge(judge, "ruler")
         splits["test"] = open_split(cfg, "test", 2 * cfg.count)
         if min(cfg.count, len(splits["test"]) // 2) < 65:
             print("no Frechet distance at the end: it needs 65 samples and 130 test images", flush=True)
+        common.judge(judge, "ruler")
     print(data.describe(splits), flush=True)
 
 
