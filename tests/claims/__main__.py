@@ -1,5 +1,5 @@
 """python -m tests.claims FILE --quick | --full    measure and write assets/claims/FILE.json
-python -m tests.claims --table                   write the README's table from those files"""
+python -m tests.claims --table                   write assets/claims/README.md and the README's scoreboard from those files"""
 
 import datetime
 import importlib
@@ -30,13 +30,13 @@ def measure(name, scale, only=()):
         if result is None:
             print(f"{row.__name__}: skipped, what it needs is not here")
             continue
-        stored = json.loads(path.read_text())["rows"] if path.exists() else {}      # others may have written since
-        stored[row.__name__] = {**result, "scale": scale, "seconds": round(time.perf_counter() - start),
+        content = json.loads(path.read_text()) if path.exists() else {"file": name, "notes": [], "rows": {}}     # others may have written since
+        content["rows"][row.__name__] = {**result, "scale": scale, "seconds": round(time.perf_counter() - start),
                                 "hardware": hardware(), "date": datetime.date.today().isoformat(),
                                 "command": f"python -m tests.claims {name} --{scale} {row.__name__}"}
         print(f"{row.__name__}: {result['measured']} -- {result['verdict']}", flush=True)
         FOLDER.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"file": name, "rows": stored}, indent=1, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def hardware():
@@ -45,29 +45,50 @@ def hardware():
     return f"{chip}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def table():
-    """The README's claims, from all of assets/claims/*.json: a heading, a table and its figures for each file."""
-    parts, files = [], [path for path in sorted(FOLDER.glob("*.json")) if not path.stem.endswith("_gpu")]
-    verdicts = [row["verdict"] for path in files for row in json.loads(path.read_text())["rows"].values()]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in sorted({*verdicts}, key=verdicts.count, reverse=True)]
-    parts += [f"{len(verdicts)} claims: {', '.join(counts)}.", ""]
-    for path in files:
-        name = path.stem
-        parts += [f"### {name}.py", "", "| claim | the paper | here | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
-        for row in json.loads(path.read_text())["rows"].values():
+def rows_by_file():
+    """{file: its stored claims}, in the order of their names."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json")) if not path.stem.endswith("_gpu")}
+
+
+def scoreboard(stored):
+    """The README's few lines: how many rows of each file have which verdict."""
+    verdicts = ("shown", "not shown at this scale", "reversed", "not run")
+    lines = [f"| file | {' | '.join(verdicts)} |", "| --- |" + " --- |" * len(verdicts)]
+    for name, content in stored.items():
+        found = [row["verdict"] for row in content["rows"].values()]
+        counts = " | ".join(str(found.count(verdict)) for verdict in verdicts)
+        lines.append(f"| [{name}.py](assets/claims/README.md#{name}py) | {counts} |")
+    return "\n".join(lines)
+
+
+def pages(stored):
+    """assets/claims/README.md: for each file its words, its table and its figures."""
+    parts = ["# Claims, measured", "", "Made by `python -m tests.claims FILE --quick` (one seed) or `--full` (three); this page by",
+             "`python -m tests.claims --table`, from the JSON files beside it, which hold command, seconds, hardware and raw figures",
+             "of every row. All figures are toy-scale, beside the paper's and never in its place. The column `seeds` says how many",
+             "trainings a figure rests on (accounts and timings have none and count as one): where it is 1, \"shown\" means that one",
+             "short run points the paper's way, no more. The verdicts' rules were written before the runs, unless a word says otherwise.", ""]
+    for name, content in stored.items():
+        parts += [f"## {name}.py", ""]
+        parts += [f"- {note}" for note in content.get("notes", [])]
+        parts += ["", "| claim | the paper | here | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
+        for row in content["rows"].values():
             here = row["measured"].replace(" (n = 1)", "").replace("; ", "<br>")
             count = 3 if "n = 3" in row["measured"] else 1 if row["verdict"] != "not run" else "-"      # a timing has no seeds
             parts.append(f"| {row['claim']} | {row['paper']} | {here} | {count} | {row['verdict']} |")
-        figures = sorted((ROOT / "assets").glob(f"{name}_*.svg"))
-        links = ", ".join(f"[{figure.stem.removeprefix(name + '_').replace('_', ' ')}](assets/{figure.name})" for figure in figures)
-        parts += ["", f"Figures: {links}.", ""] if links else [""]
-    return "\n".join(parts).rstrip()
+        for figure in sorted((ROOT / "assets").glob(f"{name}_*.svg")):
+            title = figure.stem.removeprefix(name + "_").replace("_", " ")
+            parts += ["", f"![{name}: {title}](../{figure.name})"]
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def write_table():
-    """Put the table between the README's markers."""
+    """assets/claims/README.md, and the scoreboard between the README's markers."""
+    stored = rows_by_file()
+    (FOLDER / "README.md").write_text(pages(stored))
     path = ROOT / "README.md"
-    text = re.sub(r"(<!-- claims -->\n).*(<!-- /claims -->)", lambda m: m[1] + table() + "\n" + m[2],
+    text = re.sub(r"(<!-- claims -->\n).*(<!-- /claims -->)", lambda m: m[1] + scoreboard(stored) + "\n" + m[2],
                   path.read_text(), flags=re.S)
     path.write_text(text)
 

@@ -1,0 +1,67 @@
+"""Two nodes under torchrun on this machine's loopback: one loses its worker, and the run goes on from where it was.
+
+Two launchers meet at a c10d rendezvous, as two machines with one shared folder would. Not in the fast set:
+python -m pytest -m optional tests/test_nodes.py
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import arflow
+import common
+from tests import ROOT
+from tests.test_runs import assert_same, checkpoints, run
+from tests.tiny import argv
+
+import pytest
+import torch
+
+STEPS = 180                                                             # under 200 no ruler is trained
+WORDS = argv("arflow", steps=STEPS, save=10, log=10, device="cpu", count=20)
+
+
+def node(where, port, *words):
+    """One of two nodes, a launcher with one worker that computes in float64."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", str(port), "--", str(ROOT / "tests/two.py"), "arflow", *words]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=where, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def workers(launcher):
+    """Process ids of a launcher's children, from /proc."""
+    children = f"/proc/{launcher.pid}/task/{launcher.pid}/children"
+    with open(children) as file:
+        return [int(word) for word in file.read().split()]
+
+
+@pytest.mark.optional
+def test_two_nodes_one_loses_its_worker_and_the_run_goes_on(tmp_path, monkeypatch):
+    port = 21000 + os.getpid() % 20000
+    first = [node(tmp_path, port, *WORDS, "--name", "nodes") for _ in range(2)]
+    log = tmp_path / "runs/arflow/nodes/log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 5):
+        assert time.monotonic() < deadline and all(launcher.poll() is None for launcher in first), [p.communicate() for p in first]
+        time.sleep(0.02)
+    for pid in workers(first[1]):
+        os.kill(pid, signal.SIGKILL)
+    for launcher in first:
+        launcher.communicate(timeout=120)
+    assert all(launcher.returncode for launcher in first)
+    monkeypatch.chdir(tmp_path)
+    assert 10 <= checkpoints("arflow", "nodes")["last.pt"]["step"] < STEPS
+    second = [node(tmp_path, port + 1, "--resume", "--name", "nodes") for _ in range(2)]
+    for launcher in second:
+        out, err = launcher.communicate(timeout=240)
+        assert launcher.returncode == 0, err
+    torch.set_default_dtype(torch.float64)
+    try:
+        run("arflow", [*WORDS, "--name", "one"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(checkpoints("arflow", "nodes")["last.pt"], checkpoints("arflow", "one")["last.pt"], atol=1e-9)
+    assert common.read_checkpoint("runs/arflow/nodes/last.pt", arflow.__name__)["step"] == STEPS
