@@ -41,6 +41,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # --- Command line --------------------------------------------------------------
+#
+# A method's dataclass Config is its command line: a flag a field, and the comment behind the field is the
+# flag's help and names its range. Whatever a user can get wrong ends in one line on stderr and exit code 2,
+# before anything is written.
 
 
 class UserError(Exception):
@@ -231,6 +235,11 @@ def is_preset(cfg, PRESETS):
 
 
 # --- Launch --------------------------------------------------------------------
+#
+# One process or several, by the same call. --gpus N starts N processes, one a GPU, through torch's elastic
+# launcher; under torchrun, on any number of nodes, the same file finds itself to be a worker. One process
+# never touches torch.distributed. check runs in every process, prepare once a node, before the others go on:
+# downloads, packing and judges are done by then.
 
 
 def launch(main, cfg, check=None, prepare=None, processes=None):
@@ -401,6 +410,11 @@ def compile_blocks(cfg, blocks):
 
 
 # --- Randomness and averages ---------------------------------------------------
+#
+# No generator lives from one step to the next. What step 731 draws is a function of (seed, 731, a name), so a
+# resumed run draws what the uninterrupted one would have drawn, and no state of a generator or a loader need
+# be saved. All draws are for the global batch, of which each rank takes its slice: two processes learn what
+# one would have learned.
 
 
 def make_generator(seed, step, stream, device="cpu"):
@@ -523,6 +537,10 @@ def set_learning_rate(opt, lr):
 
 
 # --- Runs ----------------------------------------------------------------------
+#
+# runs/<method>/<name>/ holds config.json, the method's source, log.jsonl, loss.svg, pictures and checkpoints.
+# A process holds its folder by a lock while it lives, so two runs of one name never share it; a run is never
+# written over. Files appear whole or not at all. A checkpoint holds plain containers, numbers and tensors.
 
 
 def folder(cfg):
@@ -922,6 +940,8 @@ def read_log(path, step):
 
 
 # --- Weights from files --------------------------------------------------------
+#
+# Foreign files are read as data: no code of theirs runs, and whatever is wrong with them is one line.
 
 
 def read_safetensors(path):
@@ -1025,6 +1045,8 @@ def load_teacher(path, channels, size):
 
 
 # --- Sampling of tokens --------------------------------------------------------
+#
+# What all models of tokens do to draw from their logits, and to work through many rows in blocks.
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -1074,6 +1096,9 @@ def class_names(saved, K):
 
 
 # --- Pictures ------------------------------------------------------------------
+#
+# PNG (still or animated) and SVG, written from their specifications, so that a run needs no package to show
+# what it does. Letters are strokes of a few points each, drawn at any height.
 
 COLORS = ("#2864b4", "#dc6e1e", "#3c963c", "#b43232", "#825aaa", "#787878", "#1e9696", "#c8a000") * 9
 
@@ -1317,6 +1342,10 @@ def line_chart(path, series, title="", xlabel="", ylabel="", logx=False, logy=Fa
 
 
 # --- Judges and read-outs ------------------------------------------------------
+#
+# Two small classifiers stand in for Inception and LPIPS where there is no download: the teacher gives features
+# to losses, the ruler measures. They are trained on disjoint halves of the training split, so that no model
+# can learn to please its judge. Their Frechet distances are toy figures, comparable with one another alone.
 
 
 class Judge(nn.Module):
