@@ -1,15 +1,16 @@
 """FlexTok: Resampling Images into 1D Token Sequences of Flexible Length (arXiv 2502.13967)
 
 An image becomes an ordered sequence of R tokens, every prefix of which is a picture. The order comes from
-nested dropout (the decoder sees the first k tokens, k random: the first must say most), the picture at every
-k from a flow decoder, which invents what the tokens leave open instead of averaging over it. A GPT then
-writes tokens, all R of them or as few as the task needs: a class is said sooner than a sentence.
+nested dropout: the decoder sees the first k tokens, k random, so the first must say most. The picture comes from
+a flow decoder: what the tokens leave open it invents, instead of averaging over it. A GPT writes tokens, all R or
+as few as the task needs: a class is said sooner than a sentence.
 
     [patches | registers] -> encoder -> FSQ -> id 1 ... id R     register i sees patches and registers 1 to i
     [noised patches | id 1 ... id k, mask ... mask] -> decoder -> velocity of the patches
     class or caption -> GPT -> id 1, id 2, ...                   stop after any k and decode
 
-Run:      python flextok.py                          demo: token order of drawn shapes, generation; 3 minutes
+Run:      python flextok.py                          demo: token order of drawn shapes, generation; 3 minutes,
+                                                     squared error .081 at k = 1, .043 at k = 8 (five seeds)
           python flextok.py --gpus 2                 the same in two processes
           python flextok.py --preset d18-d28 --data latents:imagenet256.npz --teacher dinov2.pt2 --gpus 8
           python flextok.py --sample runs/flextok/demo/ar.pt --classes 6,9 --keep 4
@@ -17,23 +18,26 @@ Run:      python flextok.py                          demo: token order of drawn 
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --decode tokens.npz --keep 2
           python flextok.py --name words --condition text          and then draw what a sentence asks for:
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
-Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT.
-          Labels F1 to F33 number the equations in the order of the method (the paper's are unknown).
+Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Labels F1 to F33 number
+          the equations in the order of the method; the paper's numbers are unknown.
 Scaled:   the demo: sizes, rates, start of the token vectors (std), shift of times, no REPA: see PRESETS.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
-          DINOv2 and FLAN-T5-XL (--teacher and --text read them, small stand-ins train here).
-Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions,
-          D width, H heads, d = D/H, F numbers a token, V ids, L words, S foreign features. Time: 1 is noise.
+          DINOv2 and FLAN-T5-XL (--teacher and --text read what they give; small stand-ins train here).
+Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions, D width,
+          H heads, d = D/H, F numbers a token, V ids, L words, S features. Time t: 1 is noise, 0 is the image.
 CUDA:     never run on CUDA.
 Read in this order: Encoder, FSQ, Decoder, loss_tokenizer, sample, GPT, generate, train_tokenizer. 20 minutes.
 """
 
 import copy
 import dataclasses
+import functools
 import math
 import re
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
+
+import common  # before torch: it says how torch's threads wait
+import data
 
 import common
 import data
@@ -45,817 +49,1145 @@ import torch.nn.functional as F
 
 # --- Configuration -----------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Config:
     """Defaults are the paper's, where it or the published configuration tells; "paper unknown": a guess."""
+
     preset: str = "demo"                    # where the values below start from
     data: str = "shapes"                    # shapes, cifar10, npz:PATH, folder:PATH or latents:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
-    objects: int = 1                        # most objects in a drawn image
-    size: int = 32                          # side of the image or latent
-    channels: int = 16                      # its channels C
-    flip: bool = True                       # flip each image left-right with probability 1/2
-    crop: float = 1.1                       # stage ar enlarges images so much, then crops them; 1: never
-    patch: int = 2                          # patch side p
-    registers: int = 256                    # R, tokens an image
+    objects: int = 1                        # in [1, 4]: most objects in a drawn image
+    size: int = 32                          # >= 1: side of the image or latent
+    channels: int = 16                      # >= 1: its channels C
+    flip: bool = True                       # mirror each image with probability 1/2
+    crop: float = 1.1                       # >= 1: stage ar enlarges images so much, then crops them
+    patch: int = 2                          # >= 1: patch side p
+    registers: int = 256                    # >= 1: R, tokens an image
     levels: str = "8,8,8,5,5,5"             # FSQ levels; their product is the number of ids V
-    encoder: int = 12                       # depth of the encoder: n blocks of n heads, D = n d
-    decoder: int = 12                       # depth of the decoder
-    gpt: int = 12                           # depth of the GPT
-    head: int = 64                          # width d of an attention head
-    std: float = 0.02                       # s.d. of registers, token positions, mask and null at the start
+    encoder: int = 12                       # in [1, 200]: depth of the encoder: n blocks of n heads, D = n d
+    decoder: int = 12                       # in [1, 200]: depth of the decoder
+    gpt: int = 12                           # in [1, 200]: depth of the GPT
+    head: int = 64                          # >= 4: width d of an attention head
+    std: float = 0.02                       # > 0: s.d. of registers, token positions, mask, null at the start
     nested: Literal["pow2", "uniform"] = "pow2"         # law of the number of tokens kept (F15)
-    null: float = 0.1                       # share of images decoded without tokens; paper unknown
+    null: float = 0.1                       # in [0, 1]: share of images decoded without tokens; paper unknown
     time: Literal["mode", "logit-normal", "uniform"] = "mode"    # law of the flow time (F21)
-    shift: float = 1.0                      # our choice, above 1: more times near noise, where tokens matter
-    max_time: float = 1000.0                # T of the time embedding (F17)
-    repa: float = 1.0                       # weight of the alignment loss (F24); 0: no teacher
-    repa_layer: int = 1                     # decoder block that is aligned, counted from 0
+    shift: float = 1.0                      # > 0: our choice, above 1: more times near noise (F21)
+    max_time: float = 1000.0                # > 0: T of the time embedding (F17)
+    repa: float = 1.0                       # >= 0: weight of the alignment loss (F24); 0: no teacher
+    repa_layer: int = 1                     # >= 0: decoder block that is aligned, counted from 0
     teacher: str = "judge"                  # judge, or a frozen model: TorchScript .pt, torch.export .pt2
-    tokenizer: str = ""                     # checkpoint that stage ar builds on; default: this run's
+    tokenizer: str = ""                     # checkpoint that --stage ar builds on; default: this run's
     condition: Literal["class", "text"] = "class"       # what the GPT is told
     text: str = ""                          # FILE.npy of caption states; default: a word encoder is trained
-    ar_drop: float = 0.1                    # share of sequences trained without their condition
-    steps: int = 250_000                    # optimizer steps of each stage; given, it overrides the next 2
-    steps_tokenizer: int = 0                # of stage tokenizer; 0: --steps
-    steps_ar: int = 0                       # of stage ar
-    batch: int = 1024                       # images a step, over all processes
-    lr: float = 3e-4                        # peak learning rate of the tokenizer; paper unknown
-    lr_ar: float = 1.2e-3                   # of the GPT: the paper's for 49M, less for larger ones
-    warmup: float = 0.1                     # share of the steps with a rising learning rate
-    ema: float = 0.9999                     # decay of the averaged weights, which are used; paper unknown
-    euler: int = 20                         # Euler steps N of the decoder
-    guidance: float = 7.5                   # guidance scale g of the decoder; 1 is none
-    schedule: Literal["constant", "linear", "cosine"] = "constant"    # g over the flow time
+    label_dropout: float = 0.1              # in [0, 1]: share of sequences trained without their condition
+    steps: int = 250_000                    # >= 1: optimizer steps of each stage
+    steps_tokenizer: int = 0                # >= 0: of stage tokenizer; 0: --steps
+    steps_ar: int = 0                       # >= 0: of stage ar; 0: --steps
+    batch: int = 1024                       # >= 1: images a step, over all processes
+    lr: float = 3e-4                        # > 0: peak learning rate of the tokenizer; paper unknown
+    lr_ar: float = 1.2e-3                   # > 0: of the GPT: the paper's for 49M, less for larger ones
+    warmup: float = 0.1                     # in [0, 1]: share of the steps with a rising learning rate
+    ema: float = 0.9999                     # in [0, 1]: decay of the averaged weights; paper unknown
+    num_steps: int = 20                     # >= 1: Euler steps of the decoder
+    cfg_scale: float = 7.5                  # >= 0: guidance scale g of the decoder; 1 is none
+    cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"    # g over the flow time
     apg: bool = True                        # adaptive projected guidance (F27); off: plain CFG (F26)
-    ar_guidance: float = 1.5                # guidance scale on the logits (paper: class 1.5, text 3)
-    temperature: float = 1.0                # of the GPT's softmax
-    top_k: int = 0                          # sample from so many likeliest ids; 0: all
-    top_p: float = 1.0                      # sample from the likeliest ids of this mass; 1: all
+    cfg_scale_ar: float = 1.5               # >= 0: guidance scale of the GPT (paper: class 1.5, text 3)
+    temperature: float = 1.0                # > 0: of the GPT's softmax
+    top_k: int = 0                          # >= 0: sample from so many likeliest ids; 0: all
+    top_p: float = 1.0                      # in (0, 1]: sample from the likeliest ids of this mass; 1: all
     keep: str = "all"                       # tokens generated or decoded: 1 to R
     classes: str = "all"                    # labels to generate, as 3,5; all is every class in turn
     prompt: str = "captions"                # words to draw; captions: those of the test split
-    count: int = 500                        # test images measured, or rows of a picture of --sample, to 10
+    count: int = 500                        # >= 1: test images measured, or rows of a picture of --sample
     encode: str = ""                        # with --sample: write the tokens of --data to FILE.npz
     decode: str = ""                        # with --sample: draw the tokens of FILE.npz
     seed: int = 0                           # every random number is a function of (seed, step)
-    gpus: int = 1                           # processes, one a GPU; without GPUs they share the CPU
+    gpus: int = 1                           # >= 1: processes, one a GPU; without GPUs they share the CPU
     device: str = "auto"                    # auto, cpu or cuda
     bf16: bool = False                      # bf16 autocast on CUDA; FSQ, norms and losses stay in fp32
-    compile: bool = False                   # torch.compile for the blocks
+    compile: bool = False                   # torch.compile for the blocks; on a CPU minutes before step 1
     name: str = ""                          # run folder runs/flextok/NAME; default: the preset
     resume: bool = False                    # go on with runs/flextok/NAME in its first unfinished stage
     sample: str = ""                        # checkpoint to use, instead of training
-    log: int = 100                          # steps between log lines
-    save: int = 5000                        # steps between checkpoints
-    sampling = ("data objects euler guidance schedule apg ar_guidance temperature top_k top_p keep classes "
-                "prompt count encode decode").split()               # what --sample may change
+    out: str = ""                           # folder for what --sample writes; default: samples/ beside it
+    log: int = 100                          # >= 1: steps between log lines
+    save: int = 5000                        # >= 1: steps between checkpoints
+    sampling: ClassVar = (
+        "data", "objects", "num_steps", "cfg_scale", "cfg_schedule", "apg", "cfg_scale_ar", "temperature",
+        "top_k", "top_p", "keep", "classes", "prompt", "count", "encode", "decode")
+
 
 # Width, heads and depth are one number, as in the paper: 12 blocks of 12 heads of 64 channels are "d12". The
 # demo is 12 pixels wide, with patches of 2: a token must name a place, and in patches of 4, where the decoder
 # has to carry 48 numbers of noise through 64 channels, all eight learned the two colours and nothing else.
 PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.pt2", bf16=True)
-AR, TEXT = dict(stage="ar", encoder=18, decoder=28), dict(condition="text", text="t5-xl.npy", ar_guidance=3.0)
+PAPER_AR = dict(PAPER, stage="ar", encoder=18, decoder=28)          # on tokens of the largest tokenizer
+PAPER_TEXT = dict(PAPER_AR, condition="text", text="t5-xl.npy", cfg_scale_ar=3.0)
 PRESETS = {
     "demo": dict(size=12, channels=3, flip=False, crop=1.0, registers=8, levels="8,5,5,5", encoder=2,
                  decoder=2, gpt=2, head=32, std=0.5, null=0.05, shift=8.0, repa=0.0, steps=4500,
-                 steps_ar=2000, batch=16, lr=2e-3, lr_ar=3e-3, warmup=0.025, ema=0.995, euler=8,
-                 guidance=1.5, save=1000),
+                 steps_ar=2000, batch=16, lr=2e-3, lr_ar=3e-3, warmup=0.025, ema=0.995, num_steps=8,
+                 cfg_scale=1.5, save=1000),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run
     "small": dict(data="cifar10", channels=3, registers=64, encoder=6, decoder=6, gpt=6, steps=40_000,
-                  steps_ar=20_000, batch=128, ema=0.999, guidance=2.0),
-    # the paper's tokenizers, then its GPTs on tokens of the largest
-    **{f"d{e}-d{d}": dict(PAPER, encoder=e, decoder=d) for e, d in ((12, 12), (18, 18), (18, 28))},
-    **{f"ar-d{n}": PAPER | AR | {"gpt": n} for n in (10, 12, 16, 20, 24, 30)},
-    **{f"ar-text-d{n}": PAPER | AR | TEXT | {"gpt": n} for n in (12, 18, 26, 36)}}
+                  steps_ar=20_000, batch=128, ema=0.999, cfg_scale=2.0)}
+PRESETS |= {f"d{e}-d{d}": dict(PAPER, encoder=e, decoder=d) for e, d in ((12, 12), (18, 18), (18, 28))}
+PRESETS |= {f"ar-d{n}": dict(PAPER_AR, gpt=n) for n in (10, 12, 16, 20, 24, 30)}
+PRESETS |= {f"ar-text-d{n}": dict(PAPER_TEXT, gpt=n) for n in (12, 18, 26, 36)}
 TARGET = 0.047      # error at k = R, at most: mean + 4 s.d. of seeds 0 to 4, .0439 .0434 .0418 .0436 .0420
+
 
 def parse_levels(text):
     """FSQ levels "8,8,8,5,5,5" as a tuple; UserError."""
-    fine = re.fullmatch(r"[0-9]+(,[0-9]+)*", text) and min(map(int, text.split(","))) > 1
-    common.need(fine, f"--levels {text}: write numbers above 1, as 8,8,8,5,5,5")
-    levels = tuple(map(int, text.split(",")))
-    common.need(math.prod(levels) < 2 ** 31, f"--levels {text}: {math.prod(levels)} ids; at most 2^31 - 1")
-    return levels
+    levels = [int(word) if re.fullmatch("[0-9]+", word) else 0 for word in text.split(",")]
+    fine = min(levels) > 1 and math.prod(levels) < 2 ** 31
+    common.require(fine, f"--levels {text}: write numbers above 1, as 8,8,8,5,5,5, of product below 2^31")
+    return tuple(levels)
 
-def check(cfg):
-    """Every mistake that can be seen without the data; UserError with one line."""
-    need, R = common.need, cfg.registers
-    for names, low, high in (
-            ("size channels crop patch registers encoder decoder gpt head euler count", 1, math.inf),
-            ("repa repa_layer lr_ar steps_tokenizer steps_ar top_k guidance ar_guidance", 0, math.inf),
-            ("null ar_drop warmup ema", 0, 1), ("temperature max_time shift std", 1e-3, math.inf),
-            ("top_p", 1e-3, 1), ("objects", 1, 4)):
-        for name in names.split():
-            value = getattr(cfg, name)
-            need(low <= value <= high and value < math.inf, f"--{name} {value}: finite, in [{low}, {high}]")
-    need(cfg.head % 4 == 0, f"--head {cfg.head}: must be a multiple of 4")
-    need(cfg.size % cfg.patch == 0, f"--size {cfg.size}: must be a multiple of --patch {cfg.patch}")
-    need(cfg.nested != "pow2" or R & R - 1 == 0, f"--registers {R}: give a power of 2, or --nested uniform")
-    fine = re.fullmatch("all|[1-9][0-9]*", cfg.keep) and (cfg.keep == "all" or int(cfg.keep) <= R)
-    need(fine, f"--keep {cfg.keep}: give all, or 1 to {R}")
-    need(not cfg.repa or cfg.repa_layer < cfg.decoder, f"--repa_layer {cfg.repa_layer}: not below --decoder")
-    fine = re.fullmatch(r"all|[0-9]+(,[0-9]+)*", cfg.classes)
-    need(fine, f"--classes {cfg.classes}: all, or labels as 3,5")
-    need(cfg.prompt.strip(), "--prompt: is empty; give some words")
-    need(cfg.sample or not cfg.encode + cfg.decode, "--encode and --decode go with --sample CHECKPOINT")
-    need(not (cfg.encode and cfg.decode), "--encode and --decode: give one of them")
-    words = cfg.condition == "text" and not cfg.text
-    need(cfg.sample or cfg.prompt == "captions" or words, "--prompt: for a GPT that learns --condition text")
-    fine = cfg.sample or cfg.classes == "all" or cfg.condition == "class"
-    need(fine, "--classes: goes with --condition class")
-    need(cfg.sample or not cfg.text or cfg.condition == "text", "--text: goes with --condition text")
-    need(cfg.sample or not cfg.tokenizer or cfg.stage == "ar", "--tokenizer: goes with --stage ar")
-    need(cfg.stage != "ar" or cfg.sample or tokenizer_path(cfg).exists(), f"no {tokenizer_path(cfg)}; "
-         f"`python flextok.py --stage tokenizer --preset {cfg.preset} --name {cfg.name}` makes it")
-    parse_levels(cfg.levels)
-
-def tokenizer_path(cfg):
-    """The checkpoint that stage ar builds on."""
-    return Path(cfg.tokenizer or common.folder(cfg) / "tokenizer.pt")
-
-def open_split(cfg, split, count=20_000):
-    """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
-    found = data.open_data(cfg.data, split, size=cfg.size, objects=(1, cfg.objects), count=count)
-    shape = found.images.shape
-    common.need(len(shape) == 4 and shape[2] == shape[3],
-                f"{cfg.data}: images {shape[1:]}; must be (C, h, h), square and still")
-    C, side = shape[1], shape[3]
-    common.need((C, side) == (cfg.channels, cfg.size), f"{cfg.data}: give --channels {C} --size {side}")
-    return found
-
-def prepare(cfg):
-    """Once, before the processes start: downloads, packing, and all that a later step would refuse."""
-    if cfg.sample:
-        return
-    dataset = open_split(cfg, "train")
-    open_split(cfg, "test", cfg.count)
-    if cfg.stage == "ar":
-        path = tokenizer_path(cfg)
-        found = common.read_checkpoint(path, "flextok")["config"]
-        for name in "size channels patch registers levels encoder decoder head max_time".split():
-            asked = getattr(cfg, name)
-            common.need(found.get(name) == asked, f"--{name} {asked}: {path} has {found.get(name)}")
-    if cfg.stage != "tokenizer":
-        with torch.device("meta"):
-            _, gpt = conditions(cfg, dataset)
-        if cfg.condition == "class":
-            chosen_classes(cfg, len(dataset.classes))
-        elif cfg.prompt != "captions":
-            words = sorted({word for caption in dataset.captions for word in data.split_words(caption)})
-            word_rows([cfg.prompt], words, len(gpt.empty))
-    teacher(cfg)
 
 # --- Building blocks ---------------------------------------------------------
+
+# F2  u = patches of x, row by row; a patch is its p*p*C numbers, by row, column, channel
+# F3  pos = [sin r w, cos r w, sin c w, cos c w] of patch (r, c), w_j = 10000^(-4 j / D), j < D / 4
+# F6  h <- h + attention(norm(h)), h <- h + mlp(norm(h)); norm learns nothing
+# F7  attention(h) = W_o softmax(8 / d norm(q) norm(k)^T) v, a head at a time, q k v = W_q h, W_k h, W_v h
+# F8  mlp(h) = W_2 (silu(W_1 h) * W_3 h), 8 D / 3 wide
+
+
 def patchify(x, p):
-    """Image (B, C, h, w) to row-major patches; inside a patch the order is row, column, channel (F2)."""
+    """Images (B, C, h, w) to patches (F2)."""
     B, C, h, w = x.shape
     x = x.view(B, C, h // p, p, w // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)                             # (B, P, p*p*C)
+
 
 def unpatchify(u, p, h, w):
     """The inverse of patchify."""
     x = u.view(len(u), h // p, w // p, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(len(u), -1, h, w)                              # (B, C, h, w)
 
-def sincos(n, D):
-    """Fixed positions of an n x n grid: [sin row, cos row, sin column, cos column] (F3)."""
-    angle = torch.arange(n)[:, None] * 10_000.0 ** -(torch.arange(D // 4) / (D // 4))
+
+def sincos_pos_embed(n, D):
+    """Fixed positions of a grid of n x n patches (F3)."""
+    frequency = 10_000.0 ** -(torch.arange(D // 4) / (D // 4))
+    angle = torch.arange(n)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], 1)
     return torch.cat([wave.repeat_interleave(n, 0), wave.repeat(n, 1)], 1)                          # (P, D)
 
-NORM = dict(eps=1e-5, elementwise_affine=False)                 # the tokenizer's norms learn nothing; in fp32
+
+NORM = dict(eps=1e-5, elementwise_affine=False)                     # of the tokenizer; in fp32 under autocast
+
+
 class Attention(nn.Module):
-    """Attention without biases (F7). In the tokenizer queries and keys are normalised, each head's d numbers
-    for themselves, so that their lengths say nothing: no logit exceeds 8."""
+    """Attention without biases (F7). Normalised queries and keys have no length: no logit exceeds 8."""
+
     def __init__(self, D, d, qk_norm=True):
         super().__init__()
-        self.d, self.norm = d, nn.LayerNorm(d, **NORM) if qk_norm else nn.Identity()
+        self.d = d
+        self.norm = nn.LayerNorm(d, **NORM) if qk_norm else nn.Identity()
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(D, D, bias=False) for _ in range(4))
-    def keys(self, h):
+
+    def split_heads(self, x):
+        return x.unflatten(2, (-1, self.d)).transpose(1, 2)                                   # (B, H, N, d)
+
+    def keys_values(self, h):
         """Keys and values of h (B, N, D)."""
-        k, v = (w(h).unflatten(2, (-1, self.d)).transpose(1, 2) for w in (self.wk, self.wv))
-        return self.norm(k), v                                                  # (B, H, N, d), (B, H, N, d)
-    def forward(self, h, keys=None, mask=None, causal=False):
-        q = self.norm(self.wq(h).unflatten(2, (-1, self.d)).transpose(1, 2))                  # (B, H, N, d)
-        k, v = keys or self.keys(h)                                                      # each (B, H, M, d)
-        # The logit scale 8/d of muP is 1/sqrt(d) at the paper's d = 64 alone.
+        k = self.norm(self.split_heads(self.wk(h)))                                           # (B, H, N, d)
+        v = self.split_heads(self.wv(h))                                                      # (B, H, N, d)
+        return k, v
+
+    def forward(self, h, kv=None, mask=None, causal=False):
+        """kv: keys and values to look at, of h itself by default; mask (..., N, M): True where h may look."""
+        q = self.norm(self.split_heads(self.wq(h)))                                           # (B, H, N, d)
+        k, v = self.keys_values(h) if kv is None else kv                                 # each (B, H, M, d)
+        # muP's logit scale 8 / d equals the usual 1 / sqrt(d) at the paper's d = 64 alone.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=8 / self.d)  # (B, H, N, d)
         return self.wo(y.transpose(1, 2).flatten(2))                                             # (B, N, D)
 
+
 class Block(nn.Module):
-    """Pre-norm transformer block of the encoder and of the words, with SwiGLU (F6, F8)."""
+    """Pre-norm transformer block (F6) of the encoder and of the words."""
+
     def __init__(self, D, d):
         super().__init__()
-        self.norm, self.attention = nn.LayerNorm(D, **NORM), Attention(D, d)
+        self.norm = nn.LayerNorm(D, **NORM)
+        self.attention = Attention(D, d)
         self.w1, self.w3 = (nn.Linear(D, 8 * D // 3, bias=False) for _ in range(2))
         self.w2 = nn.Linear(8 * D // 3, D, bias=False)
+
     def mlp(self, h):
+        """SwiGLU (F8)."""
         return self.w2(F.silu(self.w1(h)) * self.w3(h))                                          # (B, N, D)
+
     def forward(self, h, mask):
         h = h + self.attention(self.norm(h), mask=mask)                                          # (B, N, D)
         return h + self.mlp(self.norm(h))                                                        # (B, N, D)
 
-def affine(h, P, scale, shift):
-    """h (B, P+R, D) times scale (B, 2, 1, D) plus shift, two tensors; the first of either is for the patches,
-    the first P positions, the second for the registers."""
-    patches = torch.addcmul(shift[0], h[:, :P], scale[:, 0])                                     # (B, P, D)
-    registers = torch.addcmul(shift[1], h[:, P:], scale[:, 1])                                   # (B, R, D)
-    return torch.cat([patches, registers], 1)                                                  # (B, P+R, D)
+
+def modulate(h, shift, scale):
+    """h * (1 + scale) + shift, in one operation."""
+    return torch.addcmul(shift, h, 1 + scale)                                                    # (B, N, D)
+
+
+def add_gated(h, gate, y):
+    """h + gate * y, in one operation."""
+    return torch.addcmul(h, gate, y)                                                             # (B, N, D)
+
 
 class DecoderBlock(Block):
-    """The same block under adaLN-zero (F18): the identity at the start of training. Patches and registers are
-    modulated apart, for time changes what is noise and not what is known."""
+    """The block under adaLN-zero (F18), the identity at the start of training.
+
+    F18  h <- h + gate_msa * attention(norm(h) * (1 + scale_msa) + shift_msa), the same with mlp; the six vectors
+         are W_M silu(tau) + b_M, others for patches than for registers; W_M and b_M start at zero
+
+    Patches and registers are modulated apart, since time changes what is noise and not what is known.
+    """
+
     def __init__(self, D, d):
         super().__init__(D, d)
         self.modulation = nn.Linear(D, 2 * 6 * D)
+
     def forward(self, h, tau, P):
-        # Both gates come first, then shift and scale of the attention, shift and scale of the MLP: not DiT's
-        # order, but the one of the published checkpoints.
-        m = self.modulation(F.silu(tau)).unflatten(1, (2, 6, 1, -1))                       # (B, 2, 6, 1, D)
-        gate1, gate2, shift1, scale1, shift2, scale2 = m.unbind(2)                       # each (B, 2, 1, D)
-        y = self.attention(affine(self.norm(h), P, 1 + scale1, shift1.unbind(1)))                # (B, N, D)
-        h = affine(y, P, gate1, (h[:, :P], h[:, P:]))                                            # (B, N, D)
-        y = self.mlp(affine(self.norm(h), P, 1 + scale2, shift2.unbind(1)))                      # (B, N, D)
-        return affine(y, P, gate2, (h[:, :P], h[:, P:]))                                         # (B, N, D)
+        """h (B, N, D), of which the first P positions are patches; tau (B, D)."""
+        R = h.shape[1] - P
+        vectors = self.modulation(F.silu(tau)).unflatten(1, (2, 6, 1, -1))                 # (B, 2, 6, 1, D)
+        patches = vectors[:, 0].expand(-1, -1, P, -1)                                         # (B, 6, P, D)
+        registers = vectors[:, 1].expand(-1, -1, R, -1)                                       # (B, 6, R, D)
+        vectors = torch.cat([patches, registers], 2)                                          # (B, 6, N, D)
+        # DiT has each gate behind its shift and scale; the published checkpoints have both gates first.
+        gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp = vectors.unbind(1)  # each (B, N, D)
+        h = add_gated(h, gate_msa, self.attention(modulate(self.norm(h), shift_msa, scale_msa))) # (B, N, D)
+        return add_gated(h, gate_mlp, self.mlp(modulate(self.norm(h), shift_mlp, scale_mlp)))    # (B, N, D)
+
 
 class GPTBlock(Block):
-    """The causal block, with RMSNorm, without QK-norm; for text with cross-attention (F31, F32)."""
-    def __init__(self, D, d, text):
+    """The causal block of the GPT, and for text with cross-attention.
+
+    F31  h <- h + attention(norm(h)), causal; h <- h + cross(norm(h), text); h <- h + mlp(norm(h))
+
+    our choice: RMSNorm without gain and no QK-norm; a block then holds 12 D^2 numbers, with text 16 D^2, as published.
+    """
+
+    def __init__(self, D, d, cross):
         super().__init__(D, d)
-        # our choice: RMSNorm without gain; a block then holds 12 D^2 numbers, with text 16 D^2.
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(D, d, qk_norm=False)
-        self.cross = Attention(D, d, qk_norm=False) if text else None
-    def forward(self, h, words, mask, past=None):
-        """past: keys and values of the earlier tokens, if h is one new token. Returns h and the new past."""
+        self.cross = Attention(D, d, qk_norm=False) if cross else None
+
+    def forward(self, h, text, kv_cache=None):
+        """h (B, N, D), and keys and values of the text with its mask, or None. Returns h and the new kv_cache.
+
+        kv_cache: keys and values of the positions before h, which is then one new position; None: there are none.
+        """
         x = self.norm(h)                                                                         # (B, N, D)
-        k, v = self.attention.keys(x)                                           # (B, H, N, d), (B, H, N, d)
-        if past:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)                # each (B, H, M, d)
-        h = h + self.attention(x, (k, v), causal=not past)                                       # (B, N, D)
-        if self.cross:
-            h = h + self.cross(self.norm(h), words, mask)                                        # (B, N, D)
+        k, v = self.attention.keys_values(x)                                             # each (B, H, N, d)
+        if kv_cache:
+            k = torch.cat([kv_cache[0], k], 2)                                                # (B, H, M, d)
+            v = torch.cat([kv_cache[1], v], 2)                                                # (B, H, M, d)
+        h = h + self.attention(x, (k, v), causal=not kv_cache)                                   # (B, N, D)
+        if text:
+            kv, mask = text
+            h = h + self.cross(self.norm(h), kv, mask)                                           # (B, N, D)
         return h + self.mlp(self.norm(h)), (k, v)                                  # (B, N, D), (B, H, M, d)
 
+
 # --- Model -------------------------------------------------------------------
+
+
 class FSQ(nn.Module):
-    """Finite scalar quantisation of F numbers a token (F10 to F13): each is squashed and rounded to one of L
-    levels, the digits of the id, the first the fastest. Nothing to learn, no loss of its own."""
+    """Finite scalar quantisation: each of F numbers is rounded to one of L levels, its digit of the id.
+
+    F10  b = half tanh(z + atanh(offset / half)) - offset, half = 1.001 (L - 1) / 2, offset = 1/2 for even L, or 0
+    F11  value = round(b) / floor(L / 2), in [-1, 1]; its gradient is that of b / floor(L / 2)
+    F12  id = sum_j (round(b_j) + floor(L_j / 2)) L_1 ... L_(j-1)
+    F13  digit_j = floor(id / (L_1 ... L_(j-1))) mod L_j, value_j = (digit_j - floor(L_j / 2)) / floor(L_j / 2)
+
+    Nothing to learn, no loss of its own. The offset keeps z = 0 at value 0; 1.001 keeps the outermost levels within
+    reach of a finite z.
+    """
+
     def __init__(self, levels):
         super().__init__()
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("basis", self.levels.cumprod(0) // self.levels, persistent=False)
+
     def forward(self, z):
-        """z (B, R, F) to values in [-1, 1], with the straight-through gradient (F11), and ids (F12)."""
-        # F10, squash to the levels' range, even ones shifted so that 0 stays 0; in bf16 ids would change. The
-        # .001 keeps the outermost levels within reach of a finite z.
-        z = z.to(torch.promote_types(z.dtype, torch.float32))                                    # (B, R, F)
-        half, offset = (self.levels - 1) * (1 + 1e-3) / 2, 0.5 * (self.levels % 2 == 0)           # (F), (F)
+        """z (B, R, F) to values and ids."""
+        z = z.to(torch.promote_types(z.dtype, torch.float32))       # in bf16 ids would change   # (B, R, F)
+        half = (self.levels - 1) * (1 + 1e-3) / 2                                                      # (F)
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)                                           # (F)
         b = half * torch.tanh(z + torch.atanh(offset / half)) - offset                           # (B, R, F)
         digits = b.detach().round().long() + self.levels // 2                                    # (B, R, F)
-        values = (b + (b.round() - b).detach()) / (self.levels // 2)                             # (B, R, F)
-        return values, (digits * self.basis).sum(-1)                                     # (B, R, F), (B, R)
+        rounded = b + (b.round() - b).detach()                      # straight through           # (B, R, F)
+        return rounded / (self.levels // 2), (digits * self.basis).sum(-1)               # (B, R, F), (B, R)
+
     def values(self, ids):
         """The inverse: ids (B, R) to values (F13)."""
         digits = ids[..., None] // self.basis % self.levels                                      # (B, R, F)
         return (digits - self.levels // 2) / (self.levels // 2)                                  # (B, R, F)
 
+
 def initialise(module, std=0.02):
-    """Xavier-uniform matrices, zero biases, truncated normal vectors and positions (paper: s.d. .02)."""
-    for child in module.modules():
+    """Truncated normal vectors and tables (paper: s.d. .02), Xavier-uniform matrices, zero biases."""
+    # our choice: free vectors first, then what belongs to a layer, in the order of the model
+    for child in sorted(module.modules(), key=lambda child: isinstance(child, (nn.Linear, nn.Embedding))):
         for name, weight in child.named_parameters(recurse=False):
-            if isinstance(child, nn.Linear):
-                nn.init.zeros_(weight) if name == "bias" else nn.init.xavier_uniform_(weight)
-            else:
+            if not isinstance(child, nn.Linear):
                 nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+            elif name == "bias":
+                nn.init.zeros_(weight)
+            else:
+                nn.init.xavier_uniform_(weight)
+
 
 class Encoder(nn.Module):
-    """Image to F numbers a register (F4 to F9). Registers are learned vectors behind the patches; they differ
-    in nothing but their start values and what they see."""
+    """Images to F numbers a register. Registers differ in nothing but their start and what they see.
+
+    F4  h = [W_p u + b_p + pos ; registers], learned vectors behind the patches
+    F5  position i sees j where j is a patch or j <= i: patches see patches, register i patches and registers 1 to i
+    F9  z = W_z norm(h of the registers) + b_z; W_z and b_z start at zero
+
+    By F5 the first k tokens do not depend on how many are asked for. By F9 at first every image has the same ids: the
+    decoder wakes up alone, then W_z, then the blocks before it, within some five steps.
+    """
+
     def __init__(self, cfg):
         super().__init__()
-        n, D = cfg.size // cfg.patch, cfg.encoder * cfg.head
-        self.p, self.embed = cfg.patch, nn.Linear(cfg.patch ** 2 * cfg.channels, D)
+        self.p = cfg.patch
+        n = cfg.size // cfg.patch
+        D = cfg.encoder * cfg.head
+        self.embed = nn.Linear(cfg.patch ** 2 * cfg.channels, D)
         self.registers = nn.Parameter(torch.empty(cfg.registers, D))
         self.blocks = nn.ModuleList(Block(D, cfg.head) for _ in range(cfg.encoder))
-        self.norm, self.head = nn.LayerNorm(D, **NORM), nn.Linear(D, len(parse_levels(cfg.levels)))
-        self.register_buffer("position", sincos(n, D), persistent=False)
-        # F5, who (row) sees whom (column): patches see patches, register i patches and registers 1 to i. So
-        # the first k tokens do not depend on how many are asked for.
+        self.norm = nn.LayerNorm(D, **NORM)
+        self.head = nn.Linear(D, len(parse_levels(cfg.levels)))
+        self.register_buffer("pos_embed", sincos_pos_embed(n, D), persistent=False)
         place = torch.arange(n * n + cfg.registers)
-        self.register_buffer("mask", (place < n * n) | (place <= place[:, None]), persistent=False)
+        mask = (place < n * n) | (place <= place[:, None])          # row: who looks; column: at whom
+        self.register_buffer("mask", mask, persistent=False)
         initialise(self, cfg.std)
-        # At first every image has the same ids (F9): the decoder wakes up alone, its output before its gates,
-        # then this head, then the blocks behind it, within some five steps.
         nn.init.zeros_(self.head.weight)
-    def forward(self, x, count=None):
-        """Latents (B, C, h, w) to z (B, R, F); count: of the first so many registers alone."""
-        e = self.embed(patchify(x, self.p)) + self.position                                      # (B, P, D)
-        h = torch.cat([e, self.registers[:count].expand(len(x), -1, -1)], 1)                   # (B, P+R, D)
+
+    def forward(self, x):
+        """Images or latents (B, C, h, w) to z (B, R, F)."""
+        patches = self.embed(patchify(x, self.p)) + self.pos_embed                               # (B, P, D)
+        registers = self.registers.expand(len(x), -1, -1)                                        # (B, R, D)
+        h = torch.cat([patches, registers], 1)                                                 # (B, P+R, D)
         for block in self.blocks:
-            h = block(h, self.mask[:h.shape[1], :h.shape[1]])                                  # (B, P+R, D)
-        return self.head(self.norm(h[:, e.shape[1]:]))                                           # (B, R, F)
+            h = block(h, self.mask)                                                            # (B, P+R, D)
+        return self.head(self.norm(h[:, patches.shape[1]:]))                                     # (B, R, F)
+
+
+def timestep_embedding(t, T):
+    """Flow times t (B,) as cosines and sines (F17)."""
+    j = torch.arange(128, device=t.device).type_as(t)                                                # (128)
+    frequency = 1000 / T * 256.0 ** -(j / 128)                                                       # (128)
+    angle = t[:, None] * frequency                                                                # (B, 128)
+    return torch.cat([angle.cos(), angle.sin()], 1)                                               # (B, 256)
+
 
 class Decoder(nn.Module):
-    """Noised latents, flow time and a token prefix to the velocity (F14 to F19)."""
+    """Noised images, flow time and a prefix of tokens to the velocity.
+
+    F14  r_i = W_r value_i + b_r + pos_i, learned positions
+    F15  r_i <- mask for i > k: nested dropout; a dropped token is replaced, its position too, never cut off
+    F16  r_i <- null for all i in images decoded without tokens; after F15, so alike at every k, as guidance needs
+    F17  tau = MLP([cos(t f), sin(t f)]), f_j = 1000 / T 256^(-j / 128), j < 128; with the published T = 1000 no angle
+         exceeds 1, a smooth code
+    F19  v = unpatchify(W_v (norm(h) * (1 + scale) + shift) + b_v) of the patches, scale and shift = W_h silu(tau) + b_h;
+         W_v, b_v, W_h, b_h start at zero
+    """
+
     def __init__(self, cfg):
         super().__init__()
-        n, D, S = cfg.size // cfg.patch, cfg.decoder * cfg.head, cfg.patch ** 2 * cfg.channels
-        self.p, self.T, self.layer = cfg.patch, cfg.max_time, cfg.repa_layer
-        self.read, self.embed = nn.Linear(len(parse_levels(cfg.levels)), D), nn.Linear(S, D)
+        self.p, self.T, self.repa_layer = cfg.patch, cfg.max_time, cfg.repa_layer
+        D = cfg.decoder * cfg.head
+        patch_size = cfg.patch ** 2 * cfg.channels
+        self.read = nn.Linear(len(parse_levels(cfg.levels)), D)
+        self.embed = nn.Linear(patch_size, D)
         self.token_position = nn.Parameter(torch.empty(cfg.registers, D))
         self.mask, self.null = (nn.Parameter(torch.empty(D)) for _ in range(2))
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.blocks = nn.ModuleList(DecoderBlock(D, cfg.head) for _ in range(cfg.decoder))
-        self.norm, self.modulation, self.head = nn.LayerNorm(D, **NORM), nn.Linear(D, 2 * D), nn.Linear(D, S)
-        self.register_buffer("position", sincos(n, D), persistent=False)
+        self.norm = nn.LayerNorm(D, **NORM)
+        self.modulation = nn.Linear(D, 2 * D)
+        self.head = nn.Linear(D, patch_size)
+        self.register_buffer("pos_embed", sincos_pos_embed(cfg.size // cfg.patch, D), persistent=False)
         initialise(self, cfg.std)
         for linear in (self.modulation, self.head, *(block.modulation for block in self.blocks)):
             nn.init.zeros_(linear.weight)
-    def tokens(self, values, keep, null):
-        """Token inputs: positions (F14), then the mask vector beyond keep (B,), then null (B,) (F16)."""
+
+    def tokens(self, values, num_tokens, null):
+        """Inputs (B, R, D) from values (B, R, F), lengths k = num_tokens (B,) and null (B,) bool: F14 to F16."""
         r = self.read(values) + self.token_position                                              # (B, R, D)
-        dropped = torch.arange(r.shape[1], device=keep.device) >= keep[:, None]                     # (B, R)
-        # A dropped token is replaced, never cut off (F15): nothing, not even its position, is left of it. The
-        # null vector comes last (F16): an image without tokens is the same at every k, as guidance needs.
+        place = torch.arange(r.shape[1], device=r.device)                                              # (R)
+        dropped = place >= num_tokens[:, None]                                                      # (B, R)
         r = torch.where(dropped[..., None], self.mask, r)                                        # (B, R, D)
         return torch.where(null[:, None, None], self.null, r)                                    # (B, R, D)
-    def forward(self, x, t, values, keep, null):
-        """x (B, C, h, w), t (B,), values (B, R, F) to the velocity, and the patches of block `repa_layer`."""
-        # F17: with the published T = 1000 no angle exceeds 1, a smooth code.
-        frequency = 1000 / self.T * 256.0 ** -(torch.arange(128, device=t.device).type_as(t) / 128)  # (128)
-        angle = t[:, None] * frequency                                                            # (B, 128)
-        tau = self.time(torch.cat([angle.cos(), angle.sin()], 1))                                   # (B, D)
-        h = self.embed(patchify(x, self.p)) + self.position                                      # (B, P, D)
-        P, feature = h.shape[1], None
-        h = torch.cat([h, self.tokens(values, keep, null)], 1)                                 # (B, P+R, D)
+
+    def forward(self, x, t, values, num_tokens, null):
+        """x (B, C, h, w), t (B,), tokens as above: the velocity, and the patches behind block `repa_layer`."""
+        tau = self.time(timestep_embedding(t, self.T))                                              # (B, D)
+        patches = self.embed(patchify(x, self.p)) + self.pos_embed                               # (B, P, D)
+        P = patches.shape[1]
+        h = torch.cat([patches, self.tokens(values, num_tokens, null)], 1)                     # (B, P+R, D)
+        early = None
         for i, block in enumerate(self.blocks):
             h = block(h, tau, P)                                                               # (B, P+R, D)
-            if i == self.layer:
-                feature = h[:, :P]                                                               # (B, P, D)
+            if i == self.repa_layer:
+                early = h[:, :P]                                                                 # (B, P, D)
         shift, scale = self.modulation(F.silu(tau))[:, None].chunk(2, -1)             # (B, 1, D), (B, 1, D)
         u = self.head(self.norm(h[:, :P]) * (1 + scale) + shift)                             # (B, P, p*p*C)
-        return unpatchify(u, self.p, *x.shape[2:]), feature                        # (B, C, h, w), (B, P, D)
+        return unpatchify(u, self.p, *x.shape[2:]), early                          # (B, C, h, w), (B, P, D)
+
 
 class Tokenizer(nn.Module):
     """Encoder, FSQ, decoder and, for training alone, the head that predicts S features of a teacher (F23)."""
+
     def __init__(self, cfg, S=0):
         super().__init__()
-        D, self.repa = cfg.decoder * cfg.head, cfg.repa
-        self.encoder, self.fsq, self.decoder = Encoder(cfg), FSQ(parse_levels(cfg.levels)), Decoder(cfg)
-        # official code differs: its head of this form ends in a zero layer, where a cosine has no gradient.
-        layers = [nn.LayerNorm(D, **NORM), nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, 4 * D), nn.SiLU()]
-        self.align = nn.Sequential(*layers, nn.Linear(4 * D, S)) if S else nn.Identity()
+        D = cfg.decoder * cfg.head
+        self.repa = cfg.repa
+        self.encoder = Encoder(cfg)
+        self.fsq = FSQ(parse_levels(cfg.levels))
+        self.decoder = Decoder(cfg)
+        self.align = nn.Identity()
+        if S:
+            # official code differs: its head of this form ends in a zero layer, where a cosine has no gradient.
+            layers = [nn.LayerNorm(D, **NORM), nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, 4 * D), nn.SiLU()]
+            self.align = nn.Sequential(*layers, nn.Linear(4 * D, S))
         initialise(self.align)
 
-class GPT(nn.Module):
-    """Causal transformer over the R ids, given a class or a caption. No length, no end token (F29 to F32): it
-    always learns full sequences, and whoever samples decides when to stop.
-    Conditions are tensors, and `empty` is the one that says nothing: labels (B,), empty -1; word ids (B, L),
-    0 for padding; or states (B, L, S) of a foreign text encoder, zero rows for padding."""
-    def __init__(self, cfg, empty, classes=0, words=()):
+    def tokenize(self, x):
+        """Ids (B, R) of images (B, C, h, w)."""
+        _, ids = self.fsq(self.encoder(x))
+        return ids                                                                                  # (B, R)
+
+
+# Three ways to tell the GPT what to write; `empty` is the condition that says nothing. A class gives a vector (B, D),
+# a text states (B, L, S) and a mask (B, 1, 1, L), True where there is a word.
+#
+# F30  first input = start + pos_1 + class vector; without a class the start vector stands alone
+# F32  text = W_2 gelu(W_1 states); every block looks at it by cross-attention
+
+
+class ClassCondition(nn.Module):
+    """Labels (B,) of named classes to vectors (B, D); label -1 is none."""
+
+    def __init__(self, names, D):
         super().__init__()
-        D, d, V = cfg.gpt * cfg.head, cfg.head, math.prod(parse_levels(cfg.levels))
-        S = empty.shape[-1] if empty.ndim == 2 else D
+        self.names = names
+        self.register_buffer("empty", torch.tensor(-1))
+        self.table = nn.Embedding(len(names), D)
+
+    def forward(self, labels):
+        vectors = self.table(labels.clamp(min=0))                   # -1 has no row, and gets 0     # (B, D)
+        return torch.where(labels[:, None] >= 0, vectors, 0.0)                                      # (B, D)
+
+
+class TextCondition(nn.Module):
+    """Captions as word ids (B, L), 0 for padding, read by two blocks that train with the GPT.
+
+    They stand in for the paper's frozen FLAN-T5-XL.
+    """
+
+    def __init__(self, names, empty, D, d):
+        super().__init__()
+        self.names = names                                          # the words known
         self.register_buffer("empty", empty)
-        self.table, self.head = nn.Embedding(V, D), nn.Linear(D, V, bias=False)
-        self.start, self.position = nn.Parameter(torch.empty(D)), nn.Parameter(torch.empty(cfg.registers, D))
-        self.classes = nn.Embedding(classes, D) if classes else None
-        layers = [nn.Linear(S, S, bias=False), nn.GELU("tanh"), nn.Linear(S, D, bias=False)]
-        self.text = None if classes else nn.Sequential(*layers)
-        # A small text encoder in the place of the frozen FLAN-T5-XL; its vocabulary is stored as bytes.
-        self.register_buffer("words", torch.tensor([*" ".join(words).encode()], dtype=torch.uint8))
-        self.word_table = nn.Embedding(4 + len(words), D) if words else None
-        self.word_position = nn.Parameter(torch.empty(len(empty), D)) if words else None
-        self.word_blocks = nn.ModuleList(Block(D, d) for _ in range(2 if words else 0))
-        self.blocks = nn.ModuleList(GPTBlock(D, d, text=not classes) for _ in range(cfg.gpt))
+        self.table = nn.Embedding(4 + len(names), D)                # and the 4 marks of data.Vocabulary
+        self.position = nn.Parameter(torch.empty(len(empty), D))
+        self.blocks = nn.ModuleList(Block(D, d) for _ in range(2))
+
+    def forward(self, ids):
+        mask = ids[:, None, None] > 0                                                         # (B, 1, 1, L)
+        states = self.table(ids) + self.position                                                 # (B, L, D)
+        for block in self.blocks:
+            states = block(states, mask)                                                         # (B, L, D)
+        return states, mask                                                        # (B, L, D), (B, 1, 1, L)
+
+
+class StateCondition(nn.Module):
+    """States (B, L, S) of a foreign text encoder, as the paper's FLAN-T5-XL; zero vectors are padding."""
+
+    names = ()
+
+    def __init__(self, empty):
+        super().__init__()
+        self.register_buffer("empty", empty)
+
+    def forward(self, states):
+        mask = states.abs().amax(-1)[:, None, None] > 0                                       # (B, 1, 1, L)
+        return states, mask                                                        # (B, L, S), (B, 1, 1, L)
+
+
+class GPT(nn.Module):
+    """Causal transformer over the R ids.
+
+    F29  p(ids | condition) = prod_i p(id_i | id_1 ... id_(i-1), condition); it always learns whole sequences and knows
+         no end: whoever samples decides when to stop
+    """
+
+    def __init__(self, cfg, condition):
+        super().__init__()
+        D = cfg.gpt * cfg.head
+        V = math.prod(parse_levels(cfg.levels))
+        self.table = nn.Embedding(V, D)
+        self.head = nn.Linear(D, V, bias=False)
+        self.start = nn.Parameter(torch.empty(D))
+        self.position = nn.Parameter(torch.empty(cfg.registers, D))
+        self.is_text = cfg.condition == "text"
+        S = condition.empty.shape[-1] if cfg.text else D
+        # Made for a class as well, and then left out: so old seeds give old weights.
+        text = nn.Sequential(nn.Linear(S, S, bias=False), nn.GELU("tanh"), nn.Linear(S, D, bias=False))
+        self.text = text if self.is_text else None
+        self.condition = condition
+        self.blocks = nn.ModuleList(GPTBlock(D, cfg.head, self.is_text) for _ in range(cfg.gpt))
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         initialise(self)
-        for vectors in (self.table.weight, self.start, *(self.classes.parameters() if classes else ())):
-            nn.init.uniform_(vectors, -0.1, 0.1)
-    def prepare(self, cond):
-        """The first input (B, 1, D); for text also each block's keys and values of the words, and a mask."""
+        nn.init.uniform_(self.table.weight, -0.1, 0.1)
+        nn.init.uniform_(self.start, -0.1, 0.1)
+        if not self.is_text:
+            nn.init.uniform_(condition.table.weight, -0.1, 0.1)
+
+    def encode_condition(self, cond):
+        """The first input (B, 1, D), and for each block keys and values of the text with its mask, or None."""
         start = self.start.expand(len(cond), 1, -1)                                              # (B, 1, D)
-        if self.classes:
-            # F30: the class is added to the start vector; without a class that vector stands alone.
-            label = self.classes(cond.clamp(min=0)) * (cond >= 0)[:, None]                          # (B, D)
-            return start + label[:, None], [None] * len(self.blocks), None
-        mask = (cond if cond.ndim == 2 else cond.abs().amax(-1))[:, None, None] > 0           # (B, 1, 1, L)
-        states = self.word_table(cond) + self.word_position if self.word_table else cond.to(start.dtype)
-        for block in self.word_blocks:
-            states = block(states, mask)                                                         # (B, L, S)
-        text = self.text(states)                                                                 # (B, L, D)
-        return start, [block.cross.keys(text) for block in self.blocks], mask
+        if not self.is_text:
+            return start + self.condition(cond)[:, None], [None] * len(self.blocks)
+        states, mask = self.condition(cond)                                        # (B, L, S), (B, 1, 1, L)
+        text = self.text(states.to(start.dtype))                                                 # (B, L, D)
+        return start, [(block.cross.keys_values(text), mask) for block in self.blocks]
+
     def forward(self, ids, cond):
         """Logits (B, R, V) of every id given those before it: the plain form, without a cache."""
-        start, words, mask = self.prepare(cond)                      # (B, 1, D), (B, H, L, d), (B, 1, 1, L)
+        start, texts = self.encode_condition(cond)                                               # (B, 1, D)
         h = torch.cat([start, self.table(ids[:, :-1])], 1)                                       # (B, N, D)
-        return self.go_on(h, 0, words, mask, [None] * len(words))                                # (B, N, V)
-    def go_on(self, h, i, words, mask, past):
-        """Inputs (B, N, D) at position i and on, behind those in the key-value cache, which grows; logits."""
+        return self.decode_step(h, 0, texts, [None] * len(texts))                                # (B, N, V)
+
+    def decode_step(self, h, i, texts, kv_cache):
+        """Logits behind inputs h (B, N, D) at position i and on; kv_cache, one entry a block, takes them in."""
         h = h + self.position[i:i + h.shape[1]]                                                  # (B, N, D)
         for j, block in enumerate(self.blocks):
-            h, past[j] = block(h, words[j], mask, past[j])
+            h, kv_cache[j] = block(h, texts[j], kv_cache[j])
         return self.head(self.norm(h))                                                           # (B, N, V)
 
-# --- Objective ---------------------------------------------------------------
-def kept_tokens(u, R, law):
-    """Uniform draws u (B,) in [0, 1) to numbers of tokens kept, 1 to R, for every image its own (F15). pow2,
-    the published law, practises short prefixes: the later half is kept for one image in log2(2 R)."""
-    return 2 ** (u * R.bit_length()).long() if law == "pow2" else 1 + (u * R).long()                   # (B)
 
-def flow_time(u, law, shift=1.0, s=0.25):
-    """Uniform draws u (B,) to flow times. F21, the mode sampling of SD3, is the published law. Our addition
-    for short runs is SD3's shift towards noise: only there does the loss ask what the tokens say."""
-    mode = s * (law == "mode") * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)                             # (B)
-    t = torch.special.ndtri(u).sigmoid() if law == "logit-normal" else 1 - u - mode                    # (B)
+# --- Objective ---------------------------------------------------------------
+
+# F15 asks for a k: pow2, the published law, takes 1, 2, 4 ... R alike often and so practises short prefixes.
+# F20  x_t = t noise + (1 - t) x: t = 1 is noise, t = 0 the image
+# F21  t = 1 - u - s (cos^2(pi u / 2) - 1 + u), s = 1/4, u uniform in [0, 1): SD3's mode sampling, the published law
+# F22  L_flow = mean |v(x_t, t, tokens 1 to k) - (noise - x)|^2
+# F23  L_REPA = -mean over patches of cos(MLP(patch behind an early block), teacher's features there)
+# F24  L = L_flow + repa L_REPA; the encoder learns through the FSQ alone
+
+
+def nested_lengths(u, R, law):
+    """Uniform draws u (B,) in [0, 1) to numbers k of tokens kept, 1 to R, for every image its own (F15)."""
+    if law == "uniform":
+        return 1 + (u * R).long()                                                                      # (B)
+    powers = R.bit_length()                                         # 1, 2, 4 ... R: log2(R) + 1 of them
+    return 2 ** (u * powers).long()                                                                    # (B)
+
+
+def flow_time(u, law, shift=1.0):
+    """Uniform draws u (B,) to flow times t (F21).
+
+    our choice for short runs: SD3's shift towards noise, where the loss asks what the tokens say.
+    """
+    if law == "mode":
+        t = 1 - u - 0.25 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)                                   # (B)
+    elif law == "logit-normal":
+        t = torch.special.ndtri(u).sigmoid()                        # ndtri: u to a standard normal    # (B)
+    else:
+        t = 1 - u                                                                                      # (B)
     return shift * t / (1 + (shift - 1) * t)                                                           # (B)
 
-def loss_tokenizer(model, batch, draws):
-    """Flow matching and alignment (F22 to F24), their sum first. The encoder learns through the FSQ alone.
-    batch: latents x (B, C, h, w), teacher features (B, S, g, g) or None.
-    draws: times (B,), noise (B, C, h, w), tokens kept (B,), images without tokens (B,) bool."""
-    (x, features), (t, noise, keep, null) = batch, draws
+
+def loss_tokenizer(model, x, draws, teacher=None):
+    """The loss (F24) of images x (B, C, h, w) and its parts; teacher(x): features (B, S, g, g).
+
+    draws: "time" (B,), "noise" like x, "num_tokens" (B,), "null" (B,) bool: images decoded without tokens.
+    """
+    t = draws["time"]
+    noise = draws["noise"]
     values, _ = model.fsq(model.encoder(x))
-    noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))  # F20                                 # (B, C, h, w)
-    v, patches = model.decoder(noised, t, values, keep, null)                      # (B, C, h, w), (B, P, D)
-    flow = (v.to(x.dtype) - (noise - x)).square().mean()
-    if features is None:
+    noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))              # F20                     # (B, C, h, w)
+    v, patches = model.decoder(noised, t, values, draws["num_tokens"], draws["null"])
+    flow = (v.to(x.dtype) - (noise - x)).square().mean()            # F22
+    if teacher is None:
         return flow, {"flow": flow}
-    # F23, REPA: early patches are to look like what a frozen network sees in the clean image.
-    # our choice: features on the grid of patches, not patches on one of 37 x 37.
+    # our choice: features are resized to the grid of patches, not both to one of 37 x 37.
     n = math.isqrt(patches.shape[1])
-    target = F.interpolate(features, (n, n), mode="bilinear").flatten(2).transpose(1, 2)         # (B, P, S)
-    cosine = F.cosine_similarity(model.align(patches).to(x.dtype), target, dim=-1).mean()
+    features = F.interpolate(teacher(x), (n, n), mode="bilinear").flatten(2).transpose(1, 2)     # (B, P, S)
+    cosine = F.cosine_similarity(model.align(patches).to(x.dtype), features, dim=-1).mean()
     return flow - model.repa * cosine, {"flow": flow, "cosine": cosine}
 
+
 def loss_ar(model, batch, draws):
-    """Cross-entropy of every id given the earlier ones, over all R (F29).
-    batch: ids (B, R) and conditions; draws: the sequences (B,) that lose theirs."""
+    """Cross-entropy (F29) of ids (B, R) given conditions; draws: "drop" (B,) bool, sequences without theirs."""
     ids, cond = batch
-    cond = torch.where(draws.view(-1, *[1] * (cond.ndim - 1)), model.empty, cond)
-    return F.cross_entropy(model(ids, cond).to(model.start.dtype).flatten(0, 1), ids.flatten())
+    drop = draws["drop"].view(-1, *[1] * (cond.ndim - 1))
+    cond = torch.where(drop, model.condition.empty, cond)
+    logits = model(ids, cond).to(model.start.dtype)                                              # (B, R, V)
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), {}
+
 
 # --- Sampling ----------------------------------------------------------------
-def apg(v, without, g, average, momentum=-0.5, threshold=2.5, eta=0.0):
-    """Adaptive projected guidance on velocities (F27): of the difference that tokens make, damped against the
-    last step's and cut at a length, only the part across v counts; that along v would oversaturate.
-    Without memory, bound and projection (momentum 0, threshold inf, eta 1) it is plain CFG (F26).
-    v, without (B, C, h, w): with and without tokens; average: what the last step returned, at first 0."""
-    average = v - without + momentum * average                                                # (B, C, h, w)
-    norm = average.flatten(1).norm(dim=1).view(-1, 1, 1, 1)                                   # (B, 1, 1, 1)
-    a, u = (average * (threshold / norm).clamp(max=1)).double(), v.double()     # (B, C, h, w), (B, C, h, w)
-    share = (a * u).sum((1, 2, 3), True) / u.square().sum((1, 2, 3), True).clamp(min=1e-30)   # (B, 1, 1, 1)
-    step = a - (1 - eta) * share * u                                                          # (B, C, h, w)
-    return (u + (g - 1) * step).to(v.dtype), average                            # (B, C, h, w), (B, C, h, w)
+
+# F25  x <- x - v(x, t) / N for t = 1, (N - 1) / N ... 1 / N, from x = noise; v points from image to noise
+# F26  CFG: v + (g - 1) diff, diff = v - v_null: velocities with tokens and without
+# F27  APG: diff <- diff - 1/2 (diff of the last step), cut to a length of 2.5; v + (g - 1) times its part orthogonal
+#      to v, for the part parallel to v would oversaturate
+# F28  a prefix id_1 ... id_k is filled up with any ids; the mask then replaces them (F15)
+# F33  logits = free + g (told - free), told the condition and free of it; then temperature, top-k, top-p, a draw
+
+
+def classifier_free_guidance(v, v_null, scale):
+    """Guided velocities (F26), added up in float64."""
+    return (v.double() + (scale - 1) * (v - v_null).double()).to(v.dtype)                     # (B, C, h, w)
+
+
+def adaptive_projected_guidance(v, v_null, scale, last_diff, threshold=2.5):
+    """Guided velocities (F27), projected in float64, and the diff that the next step wants as last_diff."""
+    diff = v - v_null - 0.5 * last_diff                                                       # (B, C, h, w)
+    length = diff.flatten(1).norm(dim=1).view(-1, 1, 1, 1)                                    # (B, 1, 1, 1)
+    cut = (diff * (threshold / length).clamp(max=1)).double()                                 # (B, C, h, w)
+    v64 = v.double()
+    squared = v64.square().sum((1, 2, 3), True).clamp(min=1e-30)                              # (B, 1, 1, 1)
+    parallel = (cut * v64).sum((1, 2, 3), True) / squared * v64                               # (B, C, h, w)
+    orthogonal = cut - parallel                                                               # (B, C, h, w)
+    return (v64 + (scale - 1) * orthogonal).to(v.dtype), diff                   # (B, C, h, w), (B, C, h, w)
+
+
+def guidance_scale(cfg, t):
+    """g at flow time t. our choice of schedules: g throughout, or 1 at t = 1 (noise) rising to g at t = 0."""
+    rise = {"constant": 1, "linear": 1 - t, "cosine": math.cos(math.pi / 2 * t)}
+    return 1 + (cfg.cfg_scale - 1) * rise[cfg.cfg_schedule]
+
+
+def velocities(decoder, x, t, values, num_tokens):
+    """The velocities with tokens and without, in one call."""
+    null = torch.arange(2 * len(x), device=x.device) >= len(x)                                        # (2*B)
+    v, _ = decoder(x.repeat(2, 1, 1, 1), t.repeat(2), values.repeat(2, 1, 1), num_tokens.repeat(2), null)
+    return v.chunk(2)
+
 
 @torch.no_grad()
 def sample(model, noise, ids, cfg):
-    """Decode a prefix: ids (B, K), K <= R, noise (B, C, h, w) to images, by N Euler steps from t = 1 to 0, as
-    in F25 to F28. v points from data to noise, hence the minus. The cost does not depend on K."""
-    B, K = ids.shape
-    # The padding is never seen: from K on the decoder puts its mask (F28).
-    ids = F.pad(ids, (0, len(model.decoder.token_position) - K))                                    # (B, R)
-    values = model.fsq.values(ids).to(noise.dtype)                                               # (B, R, F)
-    keep, full = torch.full((B,), K, device=ids.device), torch.zeros(B, dtype=torch.bool, device=ids.device)
-    x, average = noise, torch.zeros_like(noise)                                 # (B, C, h, w), (B, C, h, w)
-    # APG's threshold belongs to the paper's latents, 2.5 beside a noise of norm sqrt(16 * 32 * 32) = 128. our
-    # choice: for other sizes it stays in that proportion.
-    how = (-0.5, 2.5 * noise[0].numel() ** 0.5 / 128, 0.0) if cfg.apg else (0.0, math.inf, 1.0)
-    for i in range(cfg.euler, 0, -1):
-        t = noise.new_full((B,), i / cfg.euler)                                                        # (B)
-        # our choice of schedules: g throughout, or 1 at t = 1 (noise) and g at t = 0.
-        rise = {"constant": 1, "linear": 1 - i / cfg.euler, "cosine": math.cos(math.pi / 2 * i / cfg.euler)}
-        g = 1 + (cfg.guidance - 1) * rise[cfg.schedule]
-        if g == 1:                                              # one call, not two, and exactly the model's v
-            v, _ = model.decoder(x, t, values, keep, full)
+    """Images from noise (B, C, h, w) and prefixes of tokens (B, k), k <= R. The cost does not depend on k."""
+    B, k = ids.shape
+    R = len(model.decoder.token_position)
+    values = model.fsq.values(F.pad(ids, (0, R - k))).to(noise.dtype)                            # (B, R, F)
+    num_tokens = torch.full((B,), k, device=ids.device)                                                # (B)
+    none_null = torch.zeros(B, dtype=torch.bool, device=ids.device)                                    # (B)
+    # our choice: the threshold stays in proportion to the noise; the paper's 2.5 stands beside latents of
+    # 16 x 32 x 32 numbers, whose noise has length 128.
+    threshold = 2.5 * noise[0].numel() ** 0.5 / 128
+    x = noise
+    diff = torch.zeros_like(noise)                                                            # (B, C, h, w)
+    for i in range(cfg.num_steps, 0, -1):
+        t = noise.new_full((B,), i / cfg.num_steps)                                                    # (B)
+        scale = guidance_scale(cfg, i / cfg.num_steps)
+        if scale == 1:
+            v, _ = model.decoder(x, t, values, num_tokens, none_null)
         else:
-            twice = (torch.cat([a, a]) for a in (x, t, values, keep))
-            v, without = model.decoder(*twice, torch.cat([full, ~full]))[0].chunk(2)
-            v, average = apg(v, without, g, average, *how)
-        x = x - v / cfg.euler                                                                 # (B, C, h, w)
+            v, v_null = velocities(model.decoder, x, t, values, num_tokens)
+            if cfg.apg:
+                v, diff = adaptive_projected_guidance(v, v_null, scale, diff, threshold)
+            else:
+                v = classifier_free_guidance(v, v_null, scale)
+        x = x - v / cfg.num_steps                                                             # (B, C, h, w)
     return x
 
-def filtered(logits, cfg):
-    """Logits (B, V) under temperature, top-k and top-p; what is cut becomes -inf (F33)."""
-    logits = logits.double() / cfg.temperature                                                      # (B, V)
-    if cfg.top_k:
-        least = logits.topk(min(cfg.top_k, logits.shape[1])).values[:, -1:]                         # (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)                                      # (B, V)
-    if cfg.top_p < 1:
-        order = logits.argsort(1)                                                                   # (B, V)
-        cut = logits.softmax(1).gather(1, order).cumsum(1) <= 1 - cfg.top_p                         # (B, V)
-        cut[:, -1] = False                                      # the likeliest always stays
-        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -math.inf)        # (B, V)
-    return logits
 
 @torch.no_grad()
 def generate(model, cond, u, cfg):
-    """Ids (B, K) for conditions, one uniform draw u (B, K) a token, with a key-value cache (F33)."""
-    guided, ids = cfg.ar_guidance != 1, []
-    h, words, mask = model.prepare(torch.cat([cond, model.empty.expand_as(cond)]) if guided else cond)
-    past = [None] * len(words)
+    """Ids (B, k) for conditions cond, from a uniform draw a token, u (B, k), with a key-value cache (F33)."""
+    guided = cfg.cfg_scale_ar != 1
+    if guided:
+        cond = torch.cat([cond, model.condition.empty.expand_as(cond)])
+    h, texts = model.encode_condition(cond)                                                      # (B, 1, D)
+    kv_cache = [None] * len(texts)
+    ids = []
     for i in range(u.shape[1]):
-        logits = model.go_on(h, i, words, mask, past)[:, 0]
+        logits = model.decode_step(h, i, texts, kv_cache)[:, 0]                                     # (B, V)
         if guided:
-            logits, without = logits.chunk(2)                                               # (B, V), (B, V)
-            logits = without + cfg.ar_guidance * (logits - without)                                 # (B, V)
-        mass = filtered(logits, cfg).softmax(1).cumsum(1)                                           # (B, V)
-        # The distribution function, inverted at u: the same draws give the same ids with and without a cache.
-        ids.append(torch.searchsorted(mass, u[:, i:i + 1].double() * mass[:, -1:], right=True)[:, 0])
-        h = model.table(torch.cat(ids[-1:] * (1 + guided)))[:, None]
-    return torch.stack(ids, 1)                                                                      # (B, K)
+            told, free = logits.chunk(2)                                                    # (B, V), (B, V)
+            logits = free + cfg.cfg_scale_ar * (told - free)                                        # (B, V)
+        logits = common.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p)
+        ids.append(common.invert_distribution(logits, u[:, i]))
+        h = model.table(ids[-1])[:, None]
+        if guided:
+            h = h.repeat(2, 1, 1)
+    return torch.stack(ids, 1)                                                                      # (B, k)
+
 
 # --- Training ----------------------------------------------------------------
-def teacher(cfg):
-    """The frozen teacher as a function, images (B, C, H, W) -> features (B, S, g, g), or None.
-    A file's model sees what the tokenizer sees (latents, if so) and gives that, or (B, g*g, S)."""
-    if not cfg.repa or cfg.stage == "ar":
-        return None
-    if cfg.teacher == "judge":                                  # untrained for a run of a few steps
-        split = open_split(cfg, "judge", 20_000 if cfg.steps >= 100 else 10)
-        common.need(not split.latent, f"{cfg.data}: the judge reads pixels; give --teacher FILE, or --repa 0")
-        torch.manual_seed(0)
-        network = common.judge(split, "teacher") if cfg.steps >= 100 else common.Judge(cfg.channels, 32, 1)
-        return network.requires_grad_(False).to(common.device_of(cfg)).spatial
-    with data.reading(f"--teacher {cfg.teacher}"):              # TorchScript or torch.export
-        script = cfg.teacher.endswith(".pt")
-        network = torch.jit.load(cfg.teacher).eval() if script else torch.export.load(cfg.teacher).module()
-    def look(x):
-        f = network.to(x.device)(x)
-        f = f.transpose(1, 2).unflatten(2, (math.isqrt(f.shape[1]), -1)) if f.ndim == 3 else f
-        square = f.ndim == 4 and f.shape[2] == f.shape[3]
-        common.need(square, f"--teacher {cfg.teacher}: features {[*f.shape]} cannot be resized")
-        return f
-    trial, device = torch.Generator().manual_seed(0), common.device_of(cfg)
-    x = torch.randn(2, cfg.channels, cfg.size, cfg.size, generator=trial).to(device)
-    with torch.no_grad(), torch.random.fork_rng(), data.reading(f"--teacher {cfg.teacher}, images 1, 2"):
-        one, two = look(x[:1]), look(x)
-    # Dropout, or norms over the batch, give an image other features beside other images.
-    frozen = len(two) == 2 and (one[0] - two[0]).abs().max() <= 1e-3 * two.abs().max()
-    common.need(frozen, f"--teacher {cfg.teacher}: features differ from call to call; save it after .eval()")
-    return torch.no_grad()(look)
 
-def draw(dataset, cfg, step, stage, device):
-    """One step's latents, their index, five uniform draws each (B, 5): flip, time or row of the crop, tokens
-    kept or its column, tokens or condition dropped, unused. Drawn for all ranks, cut to this one."""
-    small = common.draws(cfg.seed, step, f"{stage} data")
-    index = common.mine(torch.randint(len(dataset), (cfg.batch,), generator=small)).numpy()
-    u = common.mine(torch.rand(cfg.batch, 5, generator=small))
-    flip = (u[:, 0] < 0.5) & cfg.flip
-    if dataset.latent:                                          # F1: drawn from the VAE's posterior
-        noise = torch.randn(cfg.batch, *dataset.images.shape[1:], generator=small)
-        x = dataset.latents(index, flip.numpy(), common.mine(noise))
+# F1  x = c z, z ~ N(mean, exp(logvar)): cached latents of a VAE, drawn anew in every step; pixels are their own
+
+
+def draw_images(dataset, cfg, step, stage):
+    """A batch of images x (B, C, h, w), their places in the data set, and four more uniform draws (B,).
+
+    Drawn for all ranks on the CPU, then cut to this rank's share.
+    """
+    cpu_generator = common.make_generator(cfg.seed, step, f"{stage} data")
+    index = common.shard(torch.randint(len(dataset), (cfg.batch,), generator=cpu_generator)).numpy()
+    u_flip, *others = common.shard(torch.rand(cfg.batch, 5, generator=cpu_generator)).unbind(1)
+    flip = (u_flip < 0.5) & cfg.flip
+    if dataset.latent:
+        noise = torch.randn(cfg.batch, *dataset.images.shape[1:], generator=cpu_generator)
+        x = dataset.latents(index, flip.numpy(), common.shard(noise))
     else:
         x = dataset.pixels(index)
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-    if stage == "ar" and not dataset.latent:                    # enlarged, and cut at a place of its own
-        n, x = cfg.size, F.interpolate(x, (round(cfg.crop * cfg.size),) * 2, mode="bilinear")
-        corners = (u[:, 1:3] * (x.shape[-1] - n + 1)).long().tolist()
-        x = torch.stack([image[:, i:i + n, j:j + n] for image, (i, j) in zip(x, corners)])
-    return x.to(device, u.dtype), index, u.to(device)
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)                             # (B, C, h, w)
+    return x, index, others
 
-def set_rate(opt, done, peak, warmup):
-    """Linear warm-up, then a cosine to 1 % of the peak; done: the share of the steps that is over."""
-    rise = done / warmup if done < warmup else 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
-    opt.param_groups[0]["lr"] = peak * (0.01 + 0.99 * rise)
 
-def update(cfg, model, ema, opt, value):
-    """A step on a loss: gradients averaged over the processes and clipped, AdamW, averaged weights."""
-    opt.zero_grad()
-    value.backward()
-    common.average_gradients(model.parameters())
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    opt.step()
-    common.ema_update(ema, model, cfg.ema)
+def draw(dataset, cfg, step, device):
+    """One step's images, and the draws that loss_tokenizer names."""
+    x, _, (u_time, u_length, u_null, _) = draw_images(dataset, cfg, step, "tokenizer")
+    generator = common.make_generator(cfg.seed, step, "tokenizer noise", device)
+    noise = torch.randn(cfg.batch, *x.shape[1:], generator=generator, device=device)
+    draws = {"time": flow_time(u_time, cfg.time, cfg.shift), "noise": common.shard(noise),
+             "num_tokens": nested_lengths(u_length, cfg.registers, cfg.nested), "null": u_null < cfg.null}
+    draws = {name: value.to(device) for name, value in draws.items()}
+    return x.to(device, noise.dtype), draws
 
-def begin(cfg, stage):
-    """A stage's device, data and run. --steps, when given, overrides the stage's own number."""
-    given = cfg.steps != PRESETS[cfg.preset].get("steps", Config.steps)
-    run = common.Run(cfg, stage, not given and getattr(cfg, f"steps_{stage}") or cfg.steps)
-    torch.manual_seed(common.draws(cfg.seed, 0, f"{stage} weights").initial_seed())
-    return common.device_of(cfg), open_split(cfg, "train"), run
 
-def word_rows(captions, words, L=0):
-    """Captions as word ids (M, L): the start word 1, the words, zeros. UserError names unknown words."""
-    unknown = {word for text in captions for word in data.split_words(text)} - {*words}
-    common.need(not unknown, f"unknown words: {' '.join(sorted(unknown))}; known are: {' '.join(words)}")
-    rows = [[1, *ids] for ids in map(data.Vocabulary(words).encode, captions)]
-    longest = max(map(len, rows))
-    common.need(longest <= (L or longest), f"a caption has {longest - 1} words; at most {L - 1} are read")
-    return np.array([row + [0] * ((L or longest) - len(row)) for row in rows])
+def random_crops(x, factor, u_row, u_column):
+    """Images enlarged by a factor, then cut to their old size, each at its own place."""
+    n = x.shape[-1]
+    side = round(factor * n)
+    x = F.interpolate(x, (side, side), mode="bilinear")
+    rows = (u_row * (side - n + 1)).long().tolist()
+    columns = (u_column * (side - n + 1)).long().tolist()
+    return torch.stack([image[:, i:i + n, j:j + n] for image, i, j in zip(x, rows, columns)])  # (B, C, h, w)
 
-def text_states(cfg):
-    """The caption states in --text, memory-mapped; UserError where the file holds no array."""
-    with data.reading(f"--text {cfg.text}"):
-        states = np.load(cfg.text, mmap_mode="r")
-    common.need(isinstance(states, np.ndarray), f"--text {cfg.text}: must hold one array, as np.save writes")
+
+def draw_ar(dataset, conditions, cfg, step, device):
+    """One step's images and conditions, and the draws that loss_ar names."""
+    x, index, (u_row, u_column, u_drop, _) = draw_images(dataset, cfg, step, "ar")
+    if not dataset.latent:
+        x = random_crops(x, cfg.crop, u_row, u_column)
+    cond = torch.from_numpy(np.array(conditions[index]))
+    batch = x.to(device, torch.get_default_dtype()), cond.to(device)
+    return batch, {"drop": (u_drop < cfg.label_dropout).to(device)}
+
+
+def learning_rate(cfg, step, stage="tokenizer"):
+    """Linear warm-up, then a cosine to 1 % of the peak."""
+    peak = cfg.lr if stage == "tokenizer" else cfg.lr_ar
+    progress = step / (getattr(cfg, f"steps_{stage}") or cfg.steps)
+    if progress < cfg.warmup:
+        height = progress / cfg.warmup
+    else:
+        height = 0.5 + 0.5 * math.cos(math.pi * (progress - cfg.warmup) / (1 - cfg.warmup))
+    return peak * (0.01 + 0.99 * height)
+
+
+def optimizer(model, cfg, decay=0.01):
+    """AdamW; our choice for the tokenizer, whose optimizer is unknown. The GPT's decay is the paper's, .05."""
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=decay, fused=True)
+
+
+SHORT_RUN = 100                             # a run of fewer steps tries the machine: its judge stays untrained
+
+
+def open_teacher(cfg):
+    """The frozen teacher, images (B, C, h, w) -> features (B, S, g, g), and S; None and 0 without REPA."""
+    if not cfg.repa or cfg.stage == "ar":
+        return None, 0
+    device = common.device_of(cfg)
+    if cfg.teacher != "judge":
+        teacher = common.load_teacher(cfg.teacher, cfg.channels, cfg.size)
+    elif (cfg.steps_tokenizer or cfg.steps) < SHORT_RUN:
+        torch.manual_seed(0)
+        teacher = common.Judge(cfg.channels, 32, 1).requires_grad_(False).to(device).spatial
+    else:
+        teacher = common.judge(open_split(cfg, "judge"), "teacher").to(device).spatial
+    return teacher, teacher(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device)).shape[1]
+
+
+def open_conditions(cfg, dataset):
+    """What the GPT is told of every image (M, ...), names of classes or words, and what says nothing."""
+    if cfg.condition == "class":
+        return dataset.labels, dataset.classes, torch.tensor(-1)
+    if cfg.text:
+        states = read_states(cfg.text)
+        wanted = len(dataset) + 1
+        common.require(len(states) == wanted, f"--text {cfg.text}: holds {len(states)} states; {wanted} are "
+                       "wanted, of the training captions, then of the empty one")
+        return states, [], torch.tensor(states[-1]).float()
+    common.require(dataset.captions, f"--condition text: {cfg.data} has no captions; give --text FILE.npy")
+    split = [data.split_words(caption) for caption in dataset.captions]
+    words = sorted({word for caption in split for word in caption})
+    ids = encode_captions(["", *dataset.captions], words, 1 + max(map(len, split)))
+    return ids[1:], words, torch.from_numpy(ids[0])
+
+
+def encode_captions(captions, words, L):
+    """Captions as word ids (M, L): 1 for the start, the words, zeros. UserError where one cannot be read."""
+    vocabulary = data.Vocabulary(words)
+    rows = np.zeros((len(captions), L), np.int64)
+    for row, caption in zip(rows, captions):
+        ids = [1, *vocabulary.encode(caption)]
+        common.require(3 not in ids, f"unknown words in {caption!r}; known are: {' '.join(words)}")
+        common.require(len(ids) <= L, f"a caption has {len(ids) - 1} words; at most {L - 1} are read")
+        row[:len(ids)] = ids
+    return rows
+
+
+def make_condition(cfg, names, empty):
+    """An untrained module that reads such conditions."""
+    D = cfg.gpt * cfg.head
+    if cfg.condition == "class":
+        return ClassCondition(names, D)
+    if cfg.text:
+        return StateCondition(empty)
+    return TextCondition(names, empty, D, cfg.head)
+
+
+def read_states(path):
+    """The caption states in FILE.npy, (M, L, S), memory-mapped."""
+    with data.reading(f"--text {path}"):
+        states = np.load(path, mmap_mode="r")
+    fits = isinstance(states, np.ndarray) and states.ndim == 3 and states.dtype.kind == "f" and len(states)
+    common.require(fits, f"--text {path}: must hold one array of floats (M, L, S), as np.save writes it")
     return states
 
-def conditions(cfg, dataset):
-    """The conditions of all images (M, ...), as GPT wants them, and an untrained GPT."""
-    if cfg.condition == "class":
-        return dataset.labels, GPT(cfg, torch.tensor(-1), classes=len(dataset.classes))
-    if cfg.text:
-        states = text_states(cfg)
-        fine = states.ndim == 3 and len(states) == len(dataset) + 1 and states.dtype.kind == "f"
-        common.need(fine, f"--text {cfg.text}: must hold "
-                    f"({len(dataset) + 1}, L, S): states of the training captions, then of the empty one")
-        return states, GPT(cfg, torch.tensor(states[-1]).float())
-    common.need(dataset.captions, f"--condition text: {cfg.data} has no captions; give --text FILE.npy")
-    words = sorted({word for caption in dataset.captions for word in data.split_words(caption)})
-    rows = word_rows(dataset.captions, words)
-    return rows, GPT(cfg, torch.eye(rows.shape[1]).long()[0], words=words)     # empty: the start word alone
 
-def load(cfg, path):
-    """From any checkpoint: the averaged tokenizer, and the averaged GPT or None; both frozen. UserError."""
-    saved, device, gpt = common.read_checkpoint(path, "flextok"), common.device_of(cfg), None
+def load_tokenizer(cfg, path):
+    """The averaged tokenizer in a checkpoint of either stage, frozen."""
+    saved = common.read_checkpoint(path, "flextok")
+    name = "tokenizer" if "tokenizer" in saved["state"] else "ema"
     with data.reading(path):
-        for name in {"ema", "tokenizer"} & {*saved["state"]}:
-            for key, value in saved["state"][name].items():
-                fine = value.isfinite().all()
-                common.need(fine, f"{path}: {name} {key} is not finite; take an earlier checkpoint")
-    common.need("ema" in saved["state"], f"{path}: holds no averaged weights")
-    weights, ema = (saved["state"].get(name, saved["state"]["ema"]) for name in ("tokenizer", "ema"))
-    tokenizer = Tokenizer(cfg, len(weights.get("align.5.bias", ()))).to(device).requires_grad_(False)
-    common.load_into({"tokenizer": tokenizer}, {"state": {"tokenizer": weights}}, path)
-    if weights is not ema:
-        words = bytes(ema["words"].tolist()).decode().split()
-        gpt = GPT(cfg, ema["empty"], len(ema.get("classes.weight", ())), words).to(device)
-        common.load_into({"ema": gpt.requires_grad_(False)}, saved, path)
-    return tokenizer, gpt
+        S = len(saved["state"][name].get("align.5.bias", ()))
+    tokenizer = Tokenizer(cfg, S).to(common.device_of(cfg)).requires_grad_(False)
+    common.load_into({name: tokenizer}, saved, path)
+    return tokenizer
+
+
+def load_gpt(cfg, path):
+    """The averaged GPT in a checkpoint of stage ar, frozen; None in one of stage tokenizer."""
+    saved = common.read_checkpoint(path, "flextok")
+    if "tokenizer" not in saved["state"]:
+        return None
+    with data.reading(path):
+        condition = make_condition(cfg, saved["classes"], saved["state"]["ema"]["condition.empty"])
+    gpt = GPT(cfg, condition).to(common.device_of(cfg)).requires_grad_(False)
+    common.load_into({"ema": gpt}, saved, path)
+    return gpt
+
 
 def train_tokenizer(cfg):
-    """Stage 1: encoder and decoder together (F14 to F24). Optimizer, rates, averaging: our choice."""
-    look = teacher(cfg)
-    device, dataset, run = begin(cfg, "tokenizer")
-    S = look(draw(dataset, cfg, 0, "tokenizer", device)[0]).shape[1] if cfg.repa else 0
+    """Stage 1: encoder and decoder together (F14 to F24)."""
+    device = common.device_of(cfg)
+    dataset = open_split(cfg, "train")
+    teacher, S = open_teacher(cfg)
+    run = common.Run(cfg, "tokenizer", classes=dataset.classes)
+    run.seed_weights()
     model = Tokenizer(cfg, S).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    opt = optimizer(model, cfg)
     start = run.restore(model=model, ema=ema, opt=opt)
-    for block in (*model.encoder.blocks, *model.decoder.blocks) if cfg.compile else ():
-        block.compile()
+    common.compile_blocks(cfg, [*model.encoder.blocks, *model.decoder.blocks])
     for step in run.steps(start):
-        x, _, u = draw(dataset, cfg, step, "tokenizer", device)
-        set_rate(opt, step / run.total, cfg.lr, cfg.warmup)
-        large, shape = common.draws(cfg.seed, step, "tokenizer noise", device), (cfg.batch, *x.shape[1:])
-        noise = common.mine(torch.randn(shape, generator=large, device=device))
-        t, keep = flow_time(u[:, 1], cfg.time, cfg.shift), kept_tokens(u[:, 2], cfg.registers, cfg.nested)
+        batch, draws = draw(dataset, cfg, step, device)
+        common.set_learning_rate(opt, learning_rate(cfg, step))
         with common.autocast(cfg):
-            features = look(x) if cfg.repa else None
-            value, terms = loss_tokenizer(model, (x, features), (t, noise, keep, u[:, 3] < cfg.null))
-        update(cfg, model, ema, opt, value)
-        run.log(step, loss=value, **terms)
+            value, losses = loss_tokenizer(model, batch, draws, teacher)
+        opt.zero_grad()
+        value.backward()
+        common.average_gradients(model.parameters())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        common.ema_update(ema, model, cfg.ema)
+        run.log(step, loss=value, **losses)
         run.save(step)
+
 
 def train_ar(cfg):
-    """Stage 2: the GPT, on ids that the frozen tokenizer gives to cropped and flipped images (F29 to F32)."""
-    tokenizer, _ = load(cfg, tokenizer_path(cfg))
-    device, dataset, run = begin(cfg, "ar")
-    cond, model = conditions(cfg, dataset)
-    ema = copy.deepcopy(model.to(device)).requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    start = run.restore(model=model, tokenizer=tokenizer, ema=ema, opt=opt)
-    for block in model.blocks if cfg.compile else ():
-        block.compile()
+    """Stage 2: the GPT, on ids that the frozen tokenizer gives to cropped and mirrored images (F29 to F32)."""
+    device = common.device_of(cfg)
+    dataset = open_split(cfg, "train")
+    tokenizer = load_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
+    conditions, names, empty = open_conditions(cfg, dataset)
+    run = common.Run(cfg, "ar", classes=names)
+    run.seed_weights()
+    model = GPT(cfg, make_condition(cfg, names, empty)).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    opt = optimizer(model, cfg, decay=0.05)
+    start = run.restore(model=model, ema=ema, opt=opt, frozen={"tokenizer": tokenizer})
+    common.compile_blocks(cfg, model.blocks)
     for step in run.steps(start):
-        x, index, u = draw(dataset, cfg, step, "ar", device)
-        given = torch.from_numpy(np.array(cond[index])).to(device)
-        set_rate(opt, step / run.total, cfg.lr_ar, cfg.warmup)
+        (x, cond), draws = draw_ar(dataset, conditions, cfg, step, device)
+        common.set_learning_rate(opt, learning_rate(cfg, step, "ar"))
         with common.autocast(cfg):
             # our choice: a fresh crop in every step, where the paper stores the tokens of ten.
-            _, ids = tokenizer.fsq(tokenizer.encoder(x))
-            value = loss_ar(model, (ids, given), u[:, 3] < cfg.ar_drop)
-        update(cfg, model, ema, opt, value)
-        run.log(step, loss=value)
+            value, losses = loss_ar(model, (tokenizer.tokenize(x), cond), draws)
+        opt.zero_grad()
+        value.backward()
+        common.average_gradients(model.parameters())
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        common.ema_update(ema, model, cfg.ema)
+        run.log(step, loss=value, **losses)
         run.save(step)
 
+
 STAGES = {"tokenizer": train_tokenizer, "ar": train_ar}
+
+
 def train(cfg):
-    """One stage, or both (--resume: a finished one is over at once); 1 where the demo missed its target."""
-    for stage in [*STAGES] if cfg.stage == "all" else [cfg.stage]:
-        STAGES[stage](cfg)
-        common.barrier()                                        # the next stage reads what rank 0 writes
-    return report(cfg, common.folder(cfg) / f"{stage}.pt", common.folder(cfg)) if common.rank() == 0 else 0
+    """One stage, or what is unfinished of both; 1 where the demo missed its target."""
+    path = common.run_stages(cfg, STAGES)
+    if common.rank() > 0:
+        return 0
+    return report(cfg, path, path.parent)
+
+
+# --- Checks ------------------------------------------------------------------
+
+
+def num_kept(cfg):
+    """How many tokens --keep names; UserError."""
+    R = cfg.registers
+    number = str(R) if cfg.keep == "all" else cfg.keep
+    fine = re.fullmatch("[1-9][0-9]*", number) and int(number) <= R
+    common.require(fine, f"--keep {cfg.keep}: give all, or 1 to {R}")
+    return int(number)
+
+
+def check(cfg):
+    """Every mistake that can be seen without the data; UserError with one line."""
+    require = common.require
+    R = cfg.registers
+    require(cfg.head % 4 == 0, f"--head {cfg.head}: must be a multiple of 4")
+    require(cfg.size % cfg.patch == 0, f"--size {cfg.size}: must be a multiple of --patch {cfg.patch}")
+    power = 2 ** (R.bit_length() - 1) == R
+    require(power or cfg.nested == "uniform", f"--registers {R}: give a power of 2, or --nested uniform")
+    early = not cfg.repa or cfg.repa_layer < cfg.decoder
+    require(early, f"--repa_layer {cfg.repa_layer}: not below --decoder {cfg.decoder}")
+    parse_levels(cfg.levels)
+    num_kept(cfg)
+    if cfg.classes != "all":
+        common.parse_classes(cfg.classes, 10 ** 9)
+    require(cfg.prompt.strip(), "--prompt: is empty; give some words")
+    require(not (cfg.encode and cfg.decode), "--encode and --decode: give one of them")
+    if not cfg.sample:
+        require(not cfg.encode and not cfg.decode, "--encode and --decode go with --sample CHECKPOINT")
+        words = cfg.condition == "text" and not cfg.text
+        require(words or cfg.prompt == "captions", "--prompt: for a GPT that learns --condition text")
+        require(cfg.condition == "class" or cfg.classes == "all", "--classes: goes with --condition class")
+        require(cfg.condition == "text" or not cfg.text, "--text: goes with --condition text")
+        require(cfg.stage == "ar" or not cfg.tokenizer, "--tokenizer: goes with --stage ar")
+
+
+def open_split(cfg, split, count=20_000):
+    """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
+    found = data.open_data(cfg.data, split, size=cfg.size, objects=(1, cfg.objects), count=count)
+    shape = found.images.shape[1:]
+    square = len(shape) == 3 and shape[1] == shape[2]
+    common.require(square, f"{cfg.data}: images {shape}; must be (C, h, h), square and still")
+    fits = shape[:2] == (cfg.channels, cfg.size)
+    common.require(fits, f"{cfg.data}: give --channels {shape[0]} --size {shape[1]}")
+    return found
+
+
+def prepare(cfg):
+    """Once, before the processes start: downloads, packing, and all that a later step would refuse."""
+    if cfg.sample:
+        return
+    common.require_memory(cfg, lambda: Tokenizer(cfg))
+    dataset = open_split(cfg, "train")
+    open_split(cfg, "test", cfg.count)
+    latents = dataset.latent and cfg.repa and cfg.teacher == "judge" and cfg.stage != "ar"
+    common.require(not latents, f"{cfg.data}: the judge reads pixels; give --teacher FILE, or --repa 0")
+    if cfg.stage == "ar":
+        check_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
+    if cfg.stage != "tokenizer":
+        _, names, empty = open_conditions(cfg, dataset)
+        common.require_memory(cfg, lambda: GPT(cfg, make_condition(cfg, names, empty)))
+        if cfg.condition == "class":
+            common.parse_classes(cfg.classes, len(names))
+        elif cfg.prompt != "captions":
+            encode_captions([cfg.prompt], names, len(empty))
+    open_teacher(cfg)
+
+
+def check_tokenizer(cfg, path):
+    """UserError where the tokenizer that stage ar builds on was trained at other settings."""
+    stored = common.read_checkpoint(path, "flextok")["config"]
+    for name in ("size", "channels", "patch", "registers", "levels", "encoder", "decoder", "head", "max_time"):
+        asked = getattr(cfg, name)
+        common.require(stored.get(name) == asked, f"--{name} {asked}: {path} has {stored.get(name)}")
+
 
 # --- Command line ------------------------------------------------------------
-def by_blocks(cfg, function, *tensors):
-    """function(*tensors) on blocks of 100 rows, computed on the device, returned on the CPU."""
-    blocks, device = zip(*(tensor.split(100) for tensor in tensors)), common.device_of(cfg)
-    return torch.cat([function(*(part.to(device) for part in block)).cpu() for block in blocks])
 
-def encoded(tokenizer, cfg, dataset, count):
-    """The first images of a data set (latents: their means) and their ids (M, R)."""
-    rows = np.arange(min(count, len(dataset)))
-    x = dataset.latents(rows, rows < 0, 0.0) if dataset.latent else dataset.pixels(rows)
-    x = x.to(torch.get_default_dtype())
-    return x, by_blocks(cfg, lambda block: tokenizer.fsq(tokenizer.encoder(block))[1], x)
 
-def decoded(tokenizer, cfg, ids):
-    """Images of token prefixes (M, K). Image i starts from the same noise at every K."""
-    start = common.draws(cfg.seed, 0, "sample")
-    noise = torch.randn(len(ids), cfg.channels, cfg.size, cfg.size, generator=start)
-    return by_blocks(cfg, lambda n, i: sample(tokenizer, n, i, cfg), noise, ids)
+def plain_images(dataset, rows):
+    """Images (m, C, h, w) of a data set as they are; of latents their means."""
+    if dataset.latent:
+        x = dataset.latents(rows, np.zeros(len(rows), bool), 0.0)
+    else:
+        x = dataset.pixels(rows)
+    return x.to(torch.get_default_dtype())
 
-def picture(path, columns, heads=(), rows=()):
-    """Columns of images, (M, C, h, w) each, side by side, as a PNG."""
-    pixels = common.to_uint8(torch.stack(columns, 1).flatten(0, 1))
-    common.png(path, common.grid(pixels, len(columns), rows, heads, scale=max(1, 48 // pixels.shape[-1])))
 
-def sweep(path, tokenizer, cfg, ids, names, **beside):
-    """A row an image, a column a prefix length (returned); beside={head: f(last column)} adds columns."""
-    ks = sorted({*(2 ** i for i in range(ids.shape[1].bit_length())), ids.shape[1]})
-    columns = [decoded(tokenizer, cfg, ids[:, :k]) for k in ks]
-    columns += [make(columns[-1]) for make in beside.values()]
-    picture(path, columns, [*(f"k={k}" for k in ks), *beside], names)
-    return ks
+def encode_images(tokenizer, cfg, dataset, count):
+    """The ids (M, R) of the first images of a data set."""
+    device = common.device_of(cfg)
+
+    def block(rows):
+        return tokenizer.tokenize(plain_images(dataset, rows.numpy()).to(device))
+
+    return common.in_blocks(block, "cpu", torch.arange(min(count, len(dataset))))
+
+
+def decode_tokens(tokenizer, cfg, ids):
+    """Images of token prefixes (M, k). Image i starts from the same noise at every k."""
+    generator = common.make_generator(cfg.seed, 0, "sample")
+    noise = torch.randn(len(ids), cfg.channels, cfg.size, cfg.size, generator=generator)
+    return common.in_blocks(lambda n, i: sample(tokenizer, n, i, cfg), common.device_of(cfg), noise, ids)
+
+
+def prefix_lengths(longest):
+    """1, 2, 4 ... and the longest."""
+    return sorted({2 ** i for i in range(longest.bit_length())} | {longest})
+
+
+def show_prefixes(path, tokenizer, cfg, ids, names, *extra):
+    """A picture: a row an image, a column a prefix length; extra: (title, function of the last column)."""
+    decode = functools.partial(decode_tokens, tokenizer, cfg)
+    lengths = prefix_lengths(ids.shape[1])
+    common.prefixes_png(path, decode, ids, lengths, names, lambda k, images: f"k={k}", extra)
+
 
 def show_tokens(tokenizer, cfg, where):
-    """prefixes.png; vocabulary.png: the first token of the column's image before the others of the row's; and
-    lengths k and mean squared errors of the one-step estimate: what k tokens know without invention."""
-    test = open_split(cfg, "test", cfg.count)
-    x, ids = encoded(tokenizer, cfg, test, cfg.count)
-    n, names = min(6, len(x)), [test.classes[label] for label in test.labels[:10]]
-    ks = sweep(where / "prefixes.png", tokenizer, cfg, ids[:10], names, image=lambda _: x[:10])
-    swapped = [torch.cat([ids[j, :1].expand(n, 1), ids[:n, 1:]], 1) for j in range(n)]
-    columns = [torch.cat([x[j:j + 1], decoded(tokenizer, cfg, mixed)]) for j, mixed in enumerate(swapped)]
-    picture(where / "vocabulary.png", columns, rows=["first token", *names[:n]])
-    once = dataclasses.replace(cfg, euler=1, guidance=1.0)
-    return ks, [(decoded(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks]
+    """prefixes.png, vocabulary.png, and what k tokens know without invention.
 
-def chosen_classes(cfg, K):
-    """The labels that --classes names; UserError where one is not below K."""
-    chosen = [*range(K)] if cfg.classes == "all" else [*map(int, cfg.classes.split(","))]
-    common.need(max(chosen) < K, f"--classes {cfg.classes}: labels are 0 to {K - 1}")
-    return chosen
+    vocabulary.png puts the first token of the column's image before the others of the row's. Returned are lengths k
+    and the mean squared errors of the estimate after one step from noise.
+    """
+    test = open_split(cfg, "test", cfg.count)
+    x = plain_images(test, np.arange(min(cfg.count, len(test))))
+    ids = encode_images(tokenizer, cfg, test, cfg.count)
+    names = [test.classes[label] for label in test.labels[:10]]
+    show_prefixes(where / "prefixes.png", tokenizer, cfg, ids[:10], names, ("image", lambda last: x[:10]))
+    n = min(6, len(x))
+    columns = []
+    for j in range(n):
+        swapped = torch.cat([ids[j, :1].expand(n, 1), ids[:n, 1:]], 1)
+        columns.append(torch.cat([x[j:j + 1], decode_tokens(tokenizer, cfg, swapped)]))
+    common.columns_png(where / "vocabulary.png", columns, rows=["first token", *names[:n]])
+    once = dataclasses.replace(cfg, num_steps=1, cfg_scale=1.0)
+    lengths = prefix_lengths(cfg.registers)
+    return lengths, [(decode_tokens(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in lengths]
+
+
+def chosen_conditions(gpt, cfg, count):
+    """`count` conditions that --classes, --text or --prompt name, and their names."""
+    names, empty = gpt.condition.names, gpt.condition.empty
+    if cfg.condition == "class":
+        labels = np.resize(common.parse_classes(cfg.classes, len(names)), count)
+        return labels, [names[label] for label in labels]
+    if cfg.text:
+        states = read_states(cfg.text)
+        fits = states.shape[1:] == empty.shape
+        common.require(fits, f"--text {cfg.text}: states {states.shape[1:]}; the GPT reads {*empty.shape,}")
+        rows = np.arange(count) % len(states)
+        return states[rows], [f"row {i}" for i in rows]
+    texts = open_split(cfg, "test", count).captions if cfg.prompt == "captions" else [cfg.prompt]
+    texts = [texts[i % len(texts)] for i in range(count)]
+    return encode_captions(texts, names, len(empty)), texts
+
 
 def show_samples(tokenizer, gpt, cfg, where):
     """generation.png: a row a class or caption, a column a prefix length; the nearest training image."""
-    count, K = min(cfg.count, 10), cfg.registers if cfg.keep == "all" else int(cfg.keep)
-    if gpt.classes:
-        classes = range(len(gpt.classes.weight))
-        chosen = chosen_classes(cfg, len(classes))
-        known = data.SHAPES if cfg.data == "shapes" else [f"class {k}" for k in classes]
-        cond, names = np.resize(chosen, count), [known[k] for k in np.resize(chosen, count)]
-    elif gpt.word_table:
-        texts = open_split(cfg, "test", count).captions if cfg.prompt == "captions" else [cfg.prompt]
-        names = [texts[i % len(texts)] for i in range(count)]
-        cond = word_rows(names, bytes(gpt.words).decode().split(), len(gpt.empty))
-    else:
-        states = text_states(cfg)
-        fine = states.ndim == 3 and len(states) and states.shape[1:] == gpt.empty.shape
-        common.need(fine, f"--text {cfg.text}: states {states.shape[1:]}; the GPT reads {*gpt.empty.shape,}")
-        cond = states[np.arange(count) % len(states)]
-        names = [f"row {i}" for i in range(count)]
-    u = torch.rand(count, K, generator=common.draws(cfg.seed, 0, "tokens"))
-    ids = by_blocks(cfg, lambda c, n: generate(gpt, c, n, cfg), torch.tensor(cond), u)
-    blind = cfg.sample or cfg.data.startswith("latents")        # no training images are at hand
-    beside = {} if blind else {"train": lambda x: common.nearest(x, open_split(cfg, "train"))}
-    sweep(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names], **beside)
+    count = min(cfg.count, 10)
+    conditions, names = chosen_conditions(gpt, cfg, count)
+    u = torch.rand(count, num_kept(cfg), generator=common.make_generator(cfg.seed, 0, "tokens"))
+    device = common.device_of(cfg)
+    ids = common.in_blocks(lambda c, n: generate(gpt, c, n, cfg), device, torch.tensor(conditions), u)
+    extra = []
+    if not cfg.sample and not cfg.data.startswith("latents"):
+        extra.append(("train", lambda last: common.nearest(last, open_split(cfg, "train"))))
+    show_prefixes(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names], *extra)
+
 
 def report(cfg, path, where):
     """Pictures of a checkpoint and its errors, printed; 1 where the demo missed its target."""
-    tokenizer, gpt = load(cfg, path)
+    tokenizer = load_tokenizer(cfg, path)
+    gpt = load_gpt(cfg, path)
     if gpt:
         show_samples(tokenizer, gpt, cfg, where)
-    if gpt and cfg.sample:
+        if cfg.sample:
+            return 0
+    lengths, errors = show_tokens(tokenizer, cfg, where)
+    text = ", ".join(f"{error:.4f} (k={k})" for k, error in zip(lengths, errors))
+    print(f"{where}: error {text}", flush=True)
+    if cfg.preset != "demo" or not common.is_preset(cfg, PRESETS):
         return 0
-    ks, errors = show_tokens(tokenizer, cfg, where)
-    print(f"{where}: error " + ", ".join(f"{e:.4f} (k={k})" for k, e in zip(ks, errors)), flush=True)
-    good = errors[-1] <= TARGET and all(b < 1.01 * a for a, b in zip(errors, errors[1:]))
-    return int(cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and not good)
+    falling = all(longer < 1.01 * shorter for shorter, longer in zip(errors, errors[1:]))
+    return 0 if falling and errors[-1] <= TARGET else 1
+
+
+def write_tokens(tokenizer, cfg):
+    """--encode: the ids and labels of --data, and the levels that give ids their meaning."""
+    dataset = open_split(cfg, "train")
+    ids = encode_images(tokenizer, cfg, dataset, len(dataset))
+    arrays = dict(ids=ids.int().numpy(), labels=dataset.labels, levels=np.array(parse_levels(cfg.levels)))
+    common.write_atomic(cfg.encode, lambda file: np.savez(file, **arrays))
+
 
 def read_tokens(cfg):
     """--decode: ids (M, K) cut to --keep; UserError where they are no tokens of this codebook."""
-    path, need, V = cfg.decode, common.need, math.prod(parse_levels(cfg.levels))
-    with data.reading(path), np.load(path) as found:            # what --encode wrote
-        ids, levels = found["ids"].astype(np.int64), ",".join(map(str, found["levels"].tolist()))
-    need(levels == cfg.levels, f"--decode {path}: another codebook, of levels {levels}, not {cfg.levels}")
-    need(ids.ndim == 2 and ids.size and 0 <= ids.min() <= ids.max() < V,
-         f"--decode {path}: ids {ids.shape} up to {ids.max(initial=0)}; must be (M, K) of 0 to {V - 1}")
-    K, most = ids.shape[1] if cfg.keep == "all" else int(cfg.keep), min(ids.shape[1], cfg.registers)
-    need(K <= most, f"--keep {K}: {path} and the decoder share {most} tokens")
+    path = cfg.decode
+    ours = parse_levels(cfg.levels)
+    V = math.prod(ours)
+    with data.reading(path), np.load(path) as found:
+        ids = found["ids"].astype(np.int64)
+        levels = tuple(found["levels"].tolist())
+    common.require(levels == ours, f"--decode {path}: another codebook, of levels {levels}, not {ours}")
+    fine = ids.ndim == 2 and ids.size and 0 <= ids.min() and ids.max() < V
+    common.require(fine, f"--decode {path}: ids {ids.shape} up to {ids.max(initial=0)}; must be (M, K) of 0 to {V - 1}")
+    most = min(ids.shape[1], cfg.registers)
+    K = ids.shape[1] if cfg.keep == "all" else num_kept(cfg)
+    common.require(K <= most, f"--keep {K}: {path} and the decoder share {most} tokens")
     return torch.from_numpy(ids[:, :K])
 
-def main(cfg):
-    """Train, or use a checkpoint and touch nothing but <its run>/samples; returns the exit code."""
-    if not cfg.sample:
-        return train(cfg)
-    (tokenizer, gpt), where = load(cfg, cfg.sample), Path(cfg.sample).parent / "samples"
-    common.need(cfg.prompt == "captions" or gpt and gpt.word_table, f"--prompt: {cfg.sample} never saw words")
+
+def use_checkpoint(cfg):
+    """--sample: encode, decode, or draw. Touches nothing but --encode's file and the folder of samples."""
+    gpt = load_gpt(cfg, cfg.sample)
+    reads = isinstance(gpt and gpt.condition, TextCondition)
+    common.require(reads or cfg.prompt == "captions", f"--prompt: {cfg.sample} never saw words")
+    where = common.sample_folder(cfg)
     if cfg.encode:
-        dataset = open_split(cfg, "train")
-        _, ids = encoded(tokenizer, cfg, dataset, len(dataset))
-        packed = dict(ids=ids.int().numpy(), labels=dataset.labels, levels=np.array(parse_levels(cfg.levels)))
-        common.write_atomic(cfg.encode, lambda file: np.savez(file, **packed))
+        write_tokens(load_tokenizer(cfg, cfg.sample), cfg)
     elif cfg.decode:
-        sweep(where / "decoded.png", tokenizer, cfg, read_tokens(cfg)[:min(cfg.count, 100)], ())
+        ids = read_tokens(cfg)[:min(cfg.count, 100)]
+        show_prefixes(where / "decoded.png", load_tokenizer(cfg, cfg.sample), cfg, ids, ())
     else:
         report(cfg, cfg.sample, where)
     print(f"written: {cfg.encode or where}")
-    return 0
+
+
+def main(cfg):
+    """Train, or use a checkpoint; returns the exit code."""
+    if cfg.sample:
+        use_checkpoint(cfg)
+        return 0
+    return train(cfg)
+
 
 if __name__ == "__main__":
-    common.launch(main, common.cli(Config, PRESETS, __doc__))
+    common.launch(main, common.cli(Config, PRESETS, __doc__), check, prepare)
