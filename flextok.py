@@ -1,16 +1,15 @@
 """FlexTok: Resampling Images into 1D Token Sequences of Flexible Length (arXiv 2502.13967)
 
-An image becomes an ordered sequence of R tokens, every prefix of which is a picture. The order comes from
-nested dropout: the decoder sees the first k tokens, k random, so the first must say most. The picture comes from
-a flow decoder: what the tokens leave open it invents, instead of averaging over it. A GPT writes tokens, all R or
-as few as the task needs: a class is said sooner than a sentence.
+An image becomes an ordered sequence of R tokens, every prefix of which is a picture. Nested dropout makes the
+order: the decoder sees the first k tokens, k random, so the first must say most. A flow decoder makes the
+picture: it invents what the tokens leave open instead of averaging over it. A GPT writes tokens, all R or as
+few as a task needs: a class is said sooner than a sentence.
 
     [patches | registers] -> encoder -> FSQ -> id 1 ... id R     register i sees patches and registers 1 to i
     [noised patches | id 1 ... id k, mask ... mask] -> decoder -> velocity of the patches
     class or caption -> GPT -> id 1, id 2, ...                   stop after any k and decode
 
-Run:      python flextok.py                          demo: token order of drawn shapes, generation; 3 minutes,
-                                                     squared error .081 at k = 1, .043 at k = 8 (five seeds)
+Run:      python flextok.py                          demo, 3 minutes: error .081 at k = 1, .043 at k = 8
           python flextok.py --gpus 2                 the same in two processes
           python flextok.py --preset d18-d28 --data latents:imagenet256.npz --teacher dinov2.pt2 --gpus 8
           python flextok.py --sample runs/flextok/demo/ar.pt --classes 6,9 --keep 4
@@ -18,13 +17,13 @@ Run:      python flextok.py                          demo: token order of drawn 
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --decode tokens.npz --keep 2
           python flextok.py --name words --condition text          and then draw what a sentence asks for:
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
-Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Labels F1 to F33 number
-          the equations in the order of the method; the paper's numbers are unknown.
+Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. F1 to F33 number
+          the equations in the order of the method; the paper's own numbers are unknown.
 Scaled:   the demo: sizes, rates, start of the token vectors (std), shift of times, no REPA: see PRESETS.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
           DINOv2 and FLAN-T5-XL (--teacher and --text read what they give; small stand-ins train here).
-Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions, D width,
-          H heads, d = D/H, F numbers a token, V ids, L words, S features. Time t: 1 is noise, 0 is the image.
+Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions,
+          D width, H heads, d = D/H, F numbers a token, V ids, L words, S features. Time: 1 noise, 0 image.
 CUDA:     never run on CUDA.
 Read in this order: Encoder, FSQ, Decoder, loss_tokenizer, sample, GPT, generate, train_tokenizer. 20 minutes.
 """
@@ -54,7 +53,7 @@ import torch.nn.functional as F
 class Config:
     """Defaults are the paper's, where it or the published configuration tells; "paper unknown": a guess."""
 
-    preset: str = "demo"                    # where the values below start from
+    preset: str = "demo"                    # where the values below start from; PRESETS stand under Training
     data: str = "shapes"                    # shapes, cifar10, npz:PATH, folder:PATH or latents:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
     objects: int = 1                        # in [1, 4]: most objects in a drawn image
@@ -73,7 +72,7 @@ class Config:
     nested: Literal["pow2", "uniform"] = "pow2"         # law of the number of tokens kept (F15)
     null: float = 0.1                       # in [0, 1]: share of images decoded without tokens; paper unknown
     time: Literal["mode", "logit-normal", "uniform"] = "mode"    # law of the flow time (F21)
-    shift: float = 1.0                      # > 0: our choice, above 1: more times near noise (F21)
+    shift: float = 1.0                      # > 0: our choice, above 1: more times near noise
     max_time: float = 1000.0                # > 0: T of the time embedding (F17)
     repa: float = 1.0                       # >= 0: weight of the alignment loss (F24); 0: no teacher
     repa_layer: int = 1                     # >= 0: decoder block that is aligned, counted from 0
@@ -94,7 +93,7 @@ class Config:
     cfg_scale: float = 7.5                  # >= 0: guidance scale g of the decoder; 1 is none
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"    # g over the flow time
     apg: bool = True                        # adaptive projected guidance (F27); off: plain CFG (F26)
-    cfg_scale_ar: float = 1.5               # >= 0: guidance scale of the GPT (paper: class 1.5, text 3)
+    cfg_scale_ar: float = 1.5               # >= 0: guidance scale g of the GPT (paper: class 1.5, text 3)
     temperature: float = 1.0                # > 0: of the GPT's softmax
     top_k: int = 0                          # >= 0: sample from so many likeliest ids; 0: all
     top_p: float = 1.0                      # in (0, 1]: sample from the likeliest ids of this mass; 1: all
@@ -115,29 +114,18 @@ class Config:
     out: str = ""                           # folder for what --sample writes; default: samples/ beside it
     log: int = 100                          # >= 1: steps between log lines
     save: int = 5000                        # >= 1: steps between checkpoints
-    sampling: ClassVar = (
+    sampling: ClassVar = (                  # what --sample may change
         "data", "objects", "num_steps", "cfg_scale", "cfg_schedule", "apg", "cfg_scale_ar", "temperature",
         "top_k", "top_p", "keep", "classes", "prompt", "count", "encode", "decode")
 
 
-# Width, heads and depth are one number, as in the paper: 12 blocks of 12 heads of 64 channels are "d12". The
-# demo is 12 pixels wide, with patches of 2: a token must name a place, and in patches of 4, where the decoder
-# has to carry 48 numbers of noise through 64 channels, all eight learned the two colours and nothing else.
-PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.pt2", bf16=True)
-PAPER_AR = dict(PAPER, stage="ar", encoder=18, decoder=28)          # on tokens of the largest tokenizer
-PAPER_TEXT = dict(PAPER_AR, condition="text", text="t5-xl.npy", cfg_scale_ar=3.0)
-PRESETS = {
-    "demo": dict(size=12, channels=3, flip=False, crop=1.0, registers=8, levels="8,5,5,5", encoder=2,
-                 decoder=2, gpt=2, head=32, std=0.5, null=0.05, shift=8.0, repa=0.0, steps=4500,
-                 steps_ar=2000, batch=16, lr=2e-3, lr_ar=3e-3, warmup=0.025, ema=0.995, num_steps=8,
-                 cfg_scale=1.5, save=1000),
-    # CIFAR-10 for one GPU; planned for under an hour, not yet run
-    "small": dict(data="cifar10", channels=3, registers=64, encoder=6, decoder=6, gpt=6, steps=40_000,
-                  steps_ar=20_000, batch=128, ema=0.999, cfg_scale=2.0)}
-PRESETS |= {f"d{e}-d{d}": dict(PAPER, encoder=e, decoder=d) for e, d in ((12, 12), (18, 18), (18, 28))}
-PRESETS |= {f"ar-d{n}": dict(PAPER_AR, gpt=n) for n in (10, 12, 16, 20, 24, 30)}
-PRESETS |= {f"ar-text-d{n}": dict(PAPER_TEXT, gpt=n) for n in (12, 18, 26, 36)}
-TARGET = 0.047      # error at k = R, at most: mean + 4 s.d. of seeds 0 to 4, .0439 .0434 .0418 .0436 .0420
+# --- Building blocks ---------------------------------------------------------
+
+# F2  u = patches of x, row by row; a patch is its p*p*C numbers, by row, column, channel
+# F3  pos = [sin r w, cos r w, sin c w, cos c w] of patch (r, c), w_j = 10000^(-4 j / D), j < D / 4
+# F6  h <- h + attention(norm(h)), h <- h + mlp(norm(h)); norm learns nothing
+# F7  attention(h) = W_o softmax(8 / d norm(q) norm(k)^T) v, a head at a time; q, k, v = W_q h, W_k h, W_v h
+# F8  mlp(h) = W_2 (silu(W_1 h) * W_3 h), 8 D / 3 wide
 
 
 def parse_levels(text):
@@ -146,15 +134,6 @@ def parse_levels(text):
     fine = min(levels) > 1 and math.prod(levels) < 2 ** 31
     common.require(fine, f"--levels {text}: write numbers above 1, as 8,8,8,5,5,5, of product below 2^31")
     return tuple(levels)
-
-
-# --- Building blocks ---------------------------------------------------------
-
-# F2  u = patches of x, row by row; a patch is its p*p*C numbers, by row, column, channel
-# F3  pos = [sin r w, cos r w, sin c w, cos c w] of patch (r, c), w_j = 10000^(-4 j / D), j < D / 4
-# F6  h <- h + attention(norm(h)), h <- h + mlp(norm(h)); norm learns nothing
-# F7  attention(h) = W_o softmax(8 / d norm(q) norm(k)^T) v, a head at a time, q k v = W_q h, W_k h, W_v h
-# F8  mlp(h) = W_2 (silu(W_1 h) * W_3 h), 8 D / 3 wide
 
 
 def patchify(x, p):
@@ -178,7 +157,7 @@ def sincos_pos_embed(n, D):
     return torch.cat([wave.repeat_interleave(n, 0), wave.repeat(n, 1)], 1)                          # (P, D)
 
 
-NORM = dict(eps=1e-5, elementwise_affine=False)                     # of the tokenizer; in fp32 under autocast
+NORM = dict(eps=1e-5, elementwise_affine=False)                 # of the tokenizer; in fp32 under autocast
 
 
 class Attention(nn.Module):
@@ -190,18 +169,16 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(d, **NORM) if qk_norm else nn.Identity()
         self.wq, self.wk, self.wv, self.wo = (nn.Linear(D, D, bias=False) for _ in range(4))
 
-    def split_heads(self, x):
+    def heads(self, x):
         return x.unflatten(2, (-1, self.d)).transpose(1, 2)                                   # (B, H, N, d)
 
     def keys_values(self, h):
         """Keys and values of h (B, N, D)."""
-        k = self.norm(self.split_heads(self.wk(h)))                                           # (B, H, N, d)
-        v = self.split_heads(self.wv(h))                                                      # (B, H, N, d)
-        return k, v
+        return self.norm(self.heads(self.wk(h))), self.heads(self.wv(h))        # (B, H, N, d), (B, H, N, d)
 
     def forward(self, h, kv=None, mask=None, causal=False):
-        """kv: keys and values to look at, of h itself by default; mask (..., N, M): True where h may look."""
-        q = self.norm(self.split_heads(self.wq(h)))                                           # (B, H, N, d)
+        """kv: keys and values to look at; None: those of h. mask (..., N, M): True where h may look."""
+        q = self.norm(self.heads(self.wq(h)))                                                 # (B, H, N, d)
         k, v = self.keys_values(h) if kv is None else kv                                 # each (B, H, M, d)
         # muP's logit scale 8 / d equals the usual 1 / sqrt(d) at the paper's d = 64 alone.
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=8 / self.d)  # (B, H, N, d)
@@ -209,7 +186,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block (F6) of the encoder and of the words."""
+    """Pre-norm transformer block (F6) of the encoder and of the word encoder."""
 
     def __init__(self, D, d):
         super().__init__()
@@ -228,20 +205,15 @@ class Block(nn.Module):
 
 
 def modulate(h, shift, scale):
-    """h * (1 + scale) + shift, in one operation."""
+    """h * (1 + scale) + shift, as one operation."""
     return torch.addcmul(shift, h, 1 + scale)                                                    # (B, N, D)
 
 
-def add_gated(h, gate, y):
-    """h + gate * y, in one operation."""
-    return torch.addcmul(h, gate, y)                                                             # (B, N, D)
-
-
 class DecoderBlock(Block):
-    """The block under adaLN-zero (F18), the identity at the start of training.
+    """The block under adaLN-zero, the identity at the start of training.
 
-    F18  h <- h + gate_msa * attention(norm(h) * (1 + scale_msa) + shift_msa), the same with mlp; the six vectors
-         are W_M silu(tau) + b_M, others for patches than for registers; W_M and b_M start at zero
+    F18  h <- h + gate_msa * attention(norm(h) * (1 + scale_msa) + shift_msa), then the same with mlp; the six
+         vectors are W_M silu(tau) + b_M, six for patches and six for registers; W_M and b_M start at zero
 
     Patches and registers are modulated apart, since time changes what is noise and not what is known.
     """
@@ -252,23 +224,25 @@ class DecoderBlock(Block):
 
     def forward(self, h, tau, P):
         """h (B, N, D), of which the first P positions are patches; tau (B, D)."""
-        R = h.shape[1] - P
         vectors = self.modulation(F.silu(tau)).unflatten(1, (2, 6, 1, -1))                 # (B, 2, 6, 1, D)
         patches = vectors[:, 0].expand(-1, -1, P, -1)                                         # (B, 6, P, D)
-        registers = vectors[:, 1].expand(-1, -1, R, -1)                                       # (B, 6, R, D)
+        registers = vectors[:, 1].expand(-1, -1, h.shape[1] - P, -1)                          # (B, 6, R, D)
         vectors = torch.cat([patches, registers], 2)                                          # (B, 6, N, D)
-        # DiT has each gate behind its shift and scale; the published checkpoints have both gates first.
+        # DiT puts each gate behind its shift and scale; the published checkpoints have both gates first.
         gate_msa, gate_mlp, shift_msa, scale_msa, shift_mlp, scale_mlp = vectors.unbind(1)  # each (B, N, D)
-        h = add_gated(h, gate_msa, self.attention(modulate(self.norm(h), shift_msa, scale_msa))) # (B, N, D)
-        return add_gated(h, gate_mlp, self.mlp(modulate(self.norm(h), shift_mlp, scale_mlp)))    # (B, N, D)
+        # addcmul(h, gate, y) is h + gate * y, as one operation.
+        y = self.attention(modulate(self.norm(h), shift_msa, scale_msa))                         # (B, N, D)
+        h = torch.addcmul(h, gate_msa, y)                                                        # (B, N, D)
+        y = self.mlp(modulate(self.norm(h), shift_mlp, scale_mlp))                               # (B, N, D)
+        return torch.addcmul(h, gate_mlp, y)                                                     # (B, N, D)
 
 
 class GPTBlock(Block):
-    """The causal block of the GPT, and for text with cross-attention.
+    """The causal block of the GPT, for text with cross-attention.
 
     F31  h <- h + attention(norm(h)), causal; h <- h + cross(norm(h), text); h <- h + mlp(norm(h))
 
-    our choice: RMSNorm without gain and no QK-norm; a block then holds 12 D^2 numbers, with text 16 D^2, as published.
+    our choice: RMSNorm without gain, no QK-norm; 12 D^2 numbers a block, with text 16 D^2, as published.
     """
 
     def __init__(self, D, d, cross):
@@ -278,20 +252,18 @@ class GPTBlock(Block):
         self.cross = Attention(D, d, qk_norm=False) if cross else None
 
     def forward(self, h, text, kv_cache=None):
-        """h (B, N, D), and keys and values of the text with its mask, or None. Returns h and the new kv_cache.
+        """h (B, N, D) and the text, (keys and values, mask) or None; returns h and the new kv_cache.
 
-        kv_cache: keys and values of the positions before h, which is then one new position; None: there are none.
+        kv_cache: keys and values of the positions before h, which is then one position; None: there are none.
         """
         x = self.norm(h)                                                                         # (B, N, D)
-        k, v = self.attention.keys_values(x)                                             # each (B, H, N, d)
+        kv = self.attention.keys_values(x)                                               # each (B, H, N, d)
         if kv_cache:
-            k = torch.cat([kv_cache[0], k], 2)                                                # (B, H, M, d)
-            v = torch.cat([kv_cache[1], v], 2)                                                # (B, H, M, d)
-        h = h + self.attention(x, (k, v), causal=not kv_cache)                                   # (B, N, D)
+            kv = [torch.cat(pair, 2) for pair in zip(kv_cache, kv)]                      # each (B, H, M, d)
+        h = h + self.attention(x, kv, causal=not kv_cache)                                       # (B, N, D)
         if text:
-            kv, mask = text
-            h = h + self.cross(self.norm(h), kv, mask)                                           # (B, N, D)
-        return h + self.mlp(self.norm(h)), (k, v)                                  # (B, N, D), (B, H, M, d)
+            h = h + self.cross(self.norm(h), *text)                                              # (B, N, D)
+        return h + self.mlp(self.norm(h)), kv                                      # (B, N, D), (B, H, M, d)
 
 
 # --- Model -------------------------------------------------------------------
@@ -300,13 +272,13 @@ class GPTBlock(Block):
 class FSQ(nn.Module):
     """Finite scalar quantisation: each of F numbers is rounded to one of L levels, its digit of the id.
 
-    F10  b = half tanh(z + atanh(offset / half)) - offset, half = 1.001 (L - 1) / 2, offset = 1/2 for even L, or 0
+    F10  b = half tanh(z + atanh(offset / half)) - offset; half = 1.001 (L - 1) / 2; offset = 1/2 if L is even
     F11  value = round(b) / floor(L / 2), in [-1, 1]; its gradient is that of b / floor(L / 2)
-    F12  id = sum_j (round(b_j) + floor(L_j / 2)) L_1 ... L_(j-1)
-    F13  digit_j = floor(id / (L_1 ... L_(j-1))) mod L_j, value_j = (digit_j - floor(L_j / 2)) / floor(L_j / 2)
+    F12  id = sum_j digit_j L_1 ... L_(j-1), digit_j = round(b_j) + floor(L_j / 2)
+    F13  digit_j = floor(id / (L_1 ... L_(j-1))) mod L_j, value_j = digit_j / floor(L_j / 2) - 1
 
-    Nothing to learn, no loss of its own. The offset keeps z = 0 at value 0; 1.001 keeps the outermost levels within
-    reach of a finite z.
+    Nothing to learn, no loss of its own. The offset, 0 for odd L, keeps z = 0 at value 0; the 1.001 keeps the
+    outermost levels within reach of a finite z.
     """
 
     def __init__(self, levels):
@@ -332,33 +304,32 @@ class FSQ(nn.Module):
 
 def initialise(module, std=0.02):
     """Truncated normal vectors and tables (paper: s.d. .02), Xavier-uniform matrices, zero biases."""
-    # our choice: free vectors first, then what belongs to a layer, in the order of the model
+    # First the vectors that belong to no layer, then the layers, both in the order of the model.
     for child in sorted(module.modules(), key=lambda child: isinstance(child, (nn.Linear, nn.Embedding))):
-        for name, weight in child.named_parameters(recurse=False):
+        for weight in child.parameters(recurse=False):
             if not isinstance(child, nn.Linear):
                 nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-            elif name == "bias":
-                nn.init.zeros_(weight)
-            else:
+            elif weight.ndim > 1:
                 nn.init.xavier_uniform_(weight)
+            else:
+                nn.init.zeros_(weight)
 
 
 class Encoder(nn.Module):
     """Images to F numbers a register. Registers differ in nothing but their start and what they see.
 
-    F4  h = [W_p u + b_p + pos ; registers], learned vectors behind the patches
-    F5  position i sees j where j is a patch or j <= i: patches see patches, register i patches and registers 1 to i
+    F4  h = [W_p u + b_p + pos ; registers]: learned vectors stand behind the patches
+    F5  i sees j if j is a patch or j <= i: patches see patches, register i patches and registers 1 to i
     F9  z = W_z norm(h of the registers) + b_z; W_z and b_z start at zero
 
-    By F5 the first k tokens do not depend on how many are asked for. By F9 at first every image has the same ids: the
-    decoder wakes up alone, then W_z, then the blocks before it, within some five steps.
+    By F5 the first k tokens do not depend on how many are asked for. By F9 all images have the same ids at
+    first: the decoder wakes up alone, then W_z, then the blocks before it, within some five steps.
     """
 
     def __init__(self, cfg):
         super().__init__()
+        n, D = cfg.size // cfg.patch, cfg.encoder * cfg.head
         self.p = cfg.patch
-        n = cfg.size // cfg.patch
-        D = cfg.encoder * cfg.head
         self.embed = nn.Linear(cfg.patch ** 2 * cfg.channels, D)
         self.registers = nn.Parameter(torch.empty(cfg.registers, D))
         self.blocks = nn.ModuleList(Block(D, cfg.head) for _ in range(cfg.encoder))
@@ -366,7 +337,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(D, len(parse_levels(cfg.levels)))
         self.register_buffer("pos_embed", sincos_pos_embed(n, D), persistent=False)
         place = torch.arange(n * n + cfg.registers)
-        mask = (place < n * n) | (place <= place[:, None])          # row: who looks; column: at whom
+        mask = (place < n * n) | (place <= place[:, None])          # a row says whom its position sees
         self.register_buffer("mask", mask, persistent=False)
         initialise(self, cfg.std)
         nn.init.zeros_(self.head.weight)
@@ -393,19 +364,19 @@ class Decoder(nn.Module):
     """Noised images, flow time and a prefix of tokens to the velocity.
 
     F14  r_i = W_r value_i + b_r + pos_i, learned positions
-    F15  r_i <- mask for i > k: nested dropout; a dropped token is replaced, its position too, never cut off
-    F16  r_i <- null for all i in images decoded without tokens; after F15, so alike at every k, as guidance needs
-    F17  tau = MLP([cos(t f), sin(t f)]), f_j = 1000 / T 256^(-j / 128), j < 128; with the published T = 1000 no angle
-         exceeds 1, a smooth code
-    F19  v = unpatchify(W_v (norm(h) * (1 + scale) + shift) + b_v) of the patches, scale and shift = W_h silu(tau) + b_h;
-         W_v, b_v, W_h, b_h start at zero
+    F15  r_i <- mask for i > k: nested dropout; one vector replaces token and position, nothing is cut off
+    F16  r_i <- null for all i of an image without tokens, so that it is alike at every k, as guidance needs
+    F17  tau = MLP([cos(t f), sin(t f)]), f_j = 1000 / T 256^(-j / 128), j < 128
+    F19  v = unpatchify(W_v (norm(h) * (1 + scale) + shift) + b_v) of the patches; a linear layer makes shift
+         and scale of silu(tau); both layers start at zero
+
+    With the published T = 1000 no angle of F17 exceeds 1: a smooth code.
     """
 
     def __init__(self, cfg):
         super().__init__()
+        D, patch_size = cfg.decoder * cfg.head, cfg.patch ** 2 * cfg.channels
         self.p, self.T, self.repa_layer = cfg.patch, cfg.max_time, cfg.repa_layer
-        D = cfg.decoder * cfg.head
-        patch_size = cfg.patch ** 2 * cfg.channels
         self.read = nn.Linear(len(parse_levels(cfg.levels)), D)
         self.embed = nn.Linear(patch_size, D)
         self.token_position = nn.Parameter(torch.empty(cfg.registers, D))
@@ -421,20 +392,18 @@ class Decoder(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def tokens(self, values, num_tokens, null):
-        """Inputs (B, R, D) from values (B, R, F), lengths k = num_tokens (B,) and null (B,) bool: F14 to F16."""
+        """Inputs r (B, R, D) of values (B, R, F), lengths k = num_tokens (B,), null (B,) bool: F14 to F16."""
         r = self.read(values) + self.token_position                                              # (B, R, D)
-        place = torch.arange(r.shape[1], device=r.device)                                              # (R)
-        dropped = place >= num_tokens[:, None]                                                      # (B, R)
+        dropped = torch.arange(r.shape[1], device=r.device) >= num_tokens[:, None]                  # (B, R)
         r = torch.where(dropped[..., None], self.mask, r)                                        # (B, R, D)
         return torch.where(null[:, None, None], self.null, r)                                    # (B, R, D)
 
     def forward(self, x, t, values, num_tokens, null):
-        """x (B, C, h, w), t (B,), tokens as above: the velocity, and the patches behind block `repa_layer`."""
+        """Of x (B, C, h, w), t (B,) and tokens the velocity, and the patches behind block `repa_layer`."""
         tau = self.time(timestep_embedding(t, self.T))                                              # (B, D)
         patches = self.embed(patchify(x, self.p)) + self.pos_embed                               # (B, P, D)
-        P = patches.shape[1]
+        P, early = patches.shape[1], None
         h = torch.cat([patches, self.tokens(values, num_tokens, null)], 1)                     # (B, P+R, D)
-        early = None
         for i, block in enumerate(self.blocks):
             h = block(h, tau, P)                                                               # (B, P+R, D)
             if i == self.repa_layer:
@@ -454,34 +423,26 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(cfg)
         self.fsq = FSQ(parse_levels(cfg.levels))
         self.decoder = Decoder(cfg)
-        self.align = nn.Identity()
-        if S:
-            # official code differs: its head of this form ends in a zero layer, where a cosine has no gradient.
-            layers = [nn.LayerNorm(D, **NORM), nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, 4 * D), nn.SiLU()]
-            self.align = nn.Sequential(*layers, nn.Linear(4 * D, S))
+        # official code differs: its head of this form ends in a zero layer, where a cosine has no gradient.
+        first = [nn.LayerNorm(D, **NORM), nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, 4 * D), nn.SiLU()]
+        self.align = nn.Sequential(*first, nn.Linear(4 * D, S)) if S else nn.Identity()
         initialise(self.align)
 
     def tokenize(self, x):
         """Ids (B, R) of images (B, C, h, w)."""
-        _, ids = self.fsq(self.encoder(x))
-        return ids                                                                                  # (B, R)
+        return self.fsq(self.encoder(x))[1]                                                         # (B, R)
 
 
-# Three ways to tell the GPT what to write; `empty` is the condition that says nothing. A class gives a vector (B, D),
-# a text states (B, L, S) and a mask (B, 1, 1, L), True where there is a word.
-#
-# F30  first input = start + pos_1 + class vector; without a class the start vector stands alone
-# F32  text = W_2 gelu(W_1 states); every block looks at it by cross-attention
+# Three ways to tell the GPT what to write. A class gives a vector (B, D); a text gives states (B, L, S) and a
+# mask (B, 1, 1, L), True where there is a word.
 
 
 class ClassCondition(nn.Module):
-    """Labels (B,) of named classes to vectors (B, D); label -1 is none."""
+    """Labels (B,) of K classes to vectors (B, D); label -1 is none."""
 
-    def __init__(self, names, D):
+    def __init__(self, K, D):
         super().__init__()
-        self.names = names
-        self.register_buffer("empty", torch.tensor(-1))
-        self.table = nn.Embedding(len(names), D)
+        self.table = nn.Embedding(K, D)
 
     def forward(self, labels):
         vectors = self.table(labels.clamp(min=0))                   # -1 has no row, and gets 0     # (B, D)
@@ -489,17 +450,12 @@ class ClassCondition(nn.Module):
 
 
 class TextCondition(nn.Module):
-    """Captions as word ids (B, L), 0 for padding, read by two blocks that train with the GPT.
+    """Ids (B, L) of K words, 0 for padding, read by two blocks that stand in for the paper's FLAN-T5-XL."""
 
-    They stand in for the paper's frozen FLAN-T5-XL.
-    """
-
-    def __init__(self, names, empty, D, d):
+    def __init__(self, K, L, D, d):
         super().__init__()
-        self.names = names                                          # the words known
-        self.register_buffer("empty", empty)
-        self.table = nn.Embedding(4 + len(names), D)                # and the 4 marks of data.Vocabulary
-        self.position = nn.Parameter(torch.empty(len(empty), D))
+        self.table = nn.Embedding(K, D)
+        self.position = nn.Parameter(torch.empty(L, D))
         self.blocks = nn.ModuleList(Block(D, d) for _ in range(2))
 
     def forward(self, ids):
@@ -511,50 +467,53 @@ class TextCondition(nn.Module):
 
 
 class StateCondition(nn.Module):
-    """States (B, L, S) of a foreign text encoder, as the paper's FLAN-T5-XL; zero vectors are padding."""
-
-    names = ()
-
-    def __init__(self, empty):
-        super().__init__()
-        self.register_buffer("empty", empty)
+    """States (B, L, S) that a frozen text encoder has written to a file; vectors of zeros are padding."""
 
     def forward(self, states):
-        mask = states.abs().amax(-1)[:, None, None] > 0                                       # (B, 1, 1, L)
-        return states, mask                                                        # (B, L, S), (B, 1, 1, L)
+        return states, states.abs().amax(-1)[:, None, None] > 0                    # (B, L, S), (B, 1, 1, L)
 
 
 class GPT(nn.Module):
     """Causal transformer over the R ids.
 
-    F29  p(ids | condition) = prod_i p(id_i | id_1 ... id_(i-1), condition); it always learns whole sequences and knows
-         no end: whoever samples decides when to stop
+    F29  p(ids | condition) = prod_i p(id_i | id_1 ... id_(i-1), condition)
+    F30  first input = start + pos_1 + class vector; without a class the start vector stands alone
+    F32  text = W_2 gelu(W_1 states); every block looks at it by cross-attention
+
+    It always learns whole sequences and knows no end: whoever samples decides when to stop.
+    names: the classes, or the words known. empty: the condition that says nothing.
     """
 
-    def __init__(self, cfg, condition):
+    def __init__(self, cfg, names, empty):
         super().__init__()
-        D = cfg.gpt * cfg.head
-        V = math.prod(parse_levels(cfg.levels))
+        D, V = cfg.gpt * cfg.head, math.prod(parse_levels(cfg.levels))
+        self.names = names
+        self.is_text = cfg.condition == "text"
+        self.register_buffer("empty", empty)
         self.table = nn.Embedding(V, D)
         self.head = nn.Linear(D, V, bias=False)
         self.start = nn.Parameter(torch.empty(D))
         self.position = nn.Parameter(torch.empty(cfg.registers, D))
-        self.is_text = cfg.condition == "text"
-        S = condition.empty.shape[-1] if cfg.text else D
+        S = empty.shape[-1] if cfg.text else D
         # Made for a class as well, and then left out: so old seeds give old weights.
         text = nn.Sequential(nn.Linear(S, S, bias=False), nn.GELU("tanh"), nn.Linear(S, D, bias=False))
         self.text = text if self.is_text else None
-        self.condition = condition
+        if not self.is_text:
+            self.condition = ClassCondition(len(names), D)
+        elif cfg.text:
+            self.condition = StateCondition()
+        else:
+            self.condition = TextCondition(4 + len(names), len(empty), D, cfg.head)   # 4: data.Vocabulary
         self.blocks = nn.ModuleList(GPTBlock(D, cfg.head, self.is_text) for _ in range(cfg.gpt))
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         initialise(self)
         nn.init.uniform_(self.table.weight, -0.1, 0.1)
         nn.init.uniform_(self.start, -0.1, 0.1)
         if not self.is_text:
-            nn.init.uniform_(condition.table.weight, -0.1, 0.1)
+            nn.init.uniform_(self.condition.table.weight, -0.1, 0.1)
 
     def encode_condition(self, cond):
-        """The first input (B, 1, D), and for each block keys and values of the text with its mask, or None."""
+        """The first input (B, 1, D), and for each block the text's (keys and values, mask), or None."""
         start = self.start.expand(len(cond), 1, -1)                                              # (B, 1, D)
         if not self.is_text:
             return start + self.condition(cond)[:, None], [None] * len(self.blocks)
@@ -564,12 +523,12 @@ class GPT(nn.Module):
 
     def forward(self, ids, cond):
         """Logits (B, R, V) of every id given those before it: the plain form, without a cache."""
-        start, texts = self.encode_condition(cond)                                               # (B, 1, D)
+        start, texts = self.encode_condition(cond)                                 # (B, 1, D), (B, H, L, d)
         h = torch.cat([start, self.table(ids[:, :-1])], 1)                                       # (B, N, D)
         return self.decode_step(h, 0, texts, [None] * len(texts))                                # (B, N, V)
 
     def decode_step(self, h, i, texts, kv_cache):
-        """Logits behind inputs h (B, N, D) at position i and on; kv_cache, one entry a block, takes them in."""
+        """Logits behind inputs h (B, N, D) at position i and on; kv_cache, a list, takes them in."""
         h = h + self.position[i:i + h.shape[1]]                                                  # (B, N, D)
         for j, block in enumerate(self.blocks):
             h, kv_cache[j] = block(h, texts[j], kv_cache[j])
@@ -578,19 +537,21 @@ class GPT(nn.Module):
 
 # --- Objective ---------------------------------------------------------------
 
-# F15 asks for a k: pow2, the published law, takes 1, 2, 4 ... R alike often and so practises short prefixes.
 # F20  x_t = t noise + (1 - t) x: t = 1 is noise, t = 0 the image
-# F21  t = 1 - u - s (cos^2(pi u / 2) - 1 + u), s = 1/4, u uniform in [0, 1): SD3's mode sampling, the published law
+# F21  t = 1 - u - s (cos^2(pi u / 2) - 1 + u), s = 1/4, u uniform: SD3's mode sampling, the published law
 # F22  L_flow = mean |v(x_t, t, tokens 1 to k) - (noise - x)|^2
 # F23  L_REPA = -mean over patches of cos(MLP(patch behind an early block), teacher's features there)
 # F24  L = L_flow + repa L_REPA; the encoder learns through the FSQ alone
 
 
 def nested_lengths(u, R, law):
-    """Uniform draws u (B,) in [0, 1) to numbers k of tokens kept, 1 to R, for every image its own (F15)."""
+    """Uniform draws u (B,) in [0, 1) to numbers k of tokens kept, for every image its own (F15).
+
+    pow2, the published law, takes each of 1, 2, 4 ... R as often, and so practises short prefixes.
+    """
     if law == "uniform":
         return 1 + (u * R).long()                                                                      # (B)
-    powers = R.bit_length()                                         # 1, 2, 4 ... R: log2(R) + 1 of them
+    powers = R.bit_length()                                         # log2(R) + 1
     return 2 ** (u * powers).long()                                                                    # (B)
 
 
@@ -602,7 +563,7 @@ def flow_time(u, law, shift=1.0):
     if law == "mode":
         t = 1 - u - 0.25 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)                                   # (B)
     elif law == "logit-normal":
-        t = torch.special.ndtri(u).sigmoid()                        # ndtri: u to a standard normal    # (B)
+        t = torch.special.ndtri(u).sigmoid()                        # ndtri: uniform to normal         # (B)
     else:
         t = 1 - u                                                                                      # (B)
     return shift * t / (1 + (shift - 1) * t)                                                           # (B)
@@ -613,8 +574,7 @@ def loss_tokenizer(model, x, draws, teacher=None):
 
     draws: "time" (B,), "noise" like x, "num_tokens" (B,), "null" (B,) bool: images decoded without tokens.
     """
-    t = draws["time"]
-    noise = draws["noise"]
+    t, noise = draws["time"], draws["noise"]
     values, _ = model.fsq(model.encoder(x))
     noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))              # F20                     # (B, C, h, w)
     v, patches = model.decoder(noised, t, values, draws["num_tokens"], draws["null"])
@@ -629,10 +589,10 @@ def loss_tokenizer(model, x, draws, teacher=None):
 
 
 def loss_ar(model, batch, draws):
-    """Cross-entropy (F29) of ids (B, R) given conditions; draws: "drop" (B,) bool, sequences without theirs."""
+    """Cross-entropy (F29) of ids (B, R) given conditions; draws: "drop" (B,) bool, who loses theirs."""
     ids, cond = batch
     drop = draws["drop"].view(-1, *[1] * (cond.ndim - 1))
-    cond = torch.where(drop, model.condition.empty, cond)
+    cond = torch.where(drop, model.empty, cond)
     logits = model(ids, cond).to(model.start.dtype)                                              # (B, R, V)
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), {}
 
@@ -641,10 +601,16 @@ def loss_ar(model, batch, draws):
 
 # F25  x <- x - v(x, t) / N for t = 1, (N - 1) / N ... 1 / N, from x = noise; v points from image to noise
 # F26  CFG: v + (g - 1) diff, diff = v - v_null: velocities with tokens and without
-# F27  APG: diff <- diff - 1/2 (diff of the last step), cut to a length of 2.5; v + (g - 1) times its part orthogonal
-#      to v, for the part parallel to v would oversaturate
+# F27  APG: diff <- diff - 1/2 (diff of the last step), cut to a length of 2.5; v + (g - 1) times its part
+#      orthogonal to v, for the part parallel to v would oversaturate
 # F28  a prefix id_1 ... id_k is filled up with any ids; the mask then replaces them (F15)
-# F33  logits = free + g (told - free), told the condition and free of it; then temperature, top-k, top-p, a draw
+# F33  logits = free + g (told - free), with the condition and without; then temperature, top-k, top-p, a draw
+
+
+def guidance_scale(cfg, t):
+    """g at flow time t. our choice of schedules: g throughout, or 1 at t = 1 (noise) rising to g at t = 0."""
+    rise = {"constant": 1, "linear": 1 - t, "cosine": math.cos(math.pi / 2 * t)}
+    return 1 + (cfg.cfg_scale - 1) * rise[cfg.cfg_schedule]
 
 
 def classifier_free_guidance(v, v_null, scale):
@@ -664,12 +630,6 @@ def adaptive_projected_guidance(v, v_null, scale, last_diff, threshold=2.5):
     return (v64 + (scale - 1) * orthogonal).to(v.dtype), diff                   # (B, C, h, w), (B, C, h, w)
 
 
-def guidance_scale(cfg, t):
-    """g at flow time t. our choice of schedules: g throughout, or 1 at t = 1 (noise) rising to g at t = 0."""
-    rise = {"constant": 1, "linear": 1 - t, "cosine": math.cos(math.pi / 2 * t)}
-    return 1 + (cfg.cfg_scale - 1) * rise[cfg.cfg_schedule]
-
-
 def velocities(decoder, x, t, values, num_tokens):
     """The velocities with tokens and without, in one call."""
     null = torch.arange(2 * len(x), device=x.device) >= len(x)                                        # (2*B)
@@ -684,17 +644,16 @@ def sample(model, noise, ids, cfg):
     R = len(model.decoder.token_position)
     values = model.fsq.values(F.pad(ids, (0, R - k))).to(noise.dtype)                            # (B, R, F)
     num_tokens = torch.full((B,), k, device=ids.device)                                                # (B)
-    none_null = torch.zeros(B, dtype=torch.bool, device=ids.device)                                    # (B)
-    # our choice: the threshold stays in proportion to the noise; the paper's 2.5 stands beside latents of
-    # 16 x 32 x 32 numbers, whose noise has length 128.
+    no_null = torch.zeros(B, dtype=torch.bool, device=ids.device)                                      # (B)
+    # our choice: the threshold stays in proportion to the noise. The paper's 2.5 stands beside latents of
+    # 16 x 32 x 32 numbers, whose noise is 128 long.
     threshold = 2.5 * noise[0].numel() ** 0.5 / 128
-    x = noise
-    diff = torch.zeros_like(noise)                                                            # (B, C, h, w)
+    x, diff = noise, torch.zeros_like(noise)
     for i in range(cfg.num_steps, 0, -1):
         t = noise.new_full((B,), i / cfg.num_steps)                                                    # (B)
         scale = guidance_scale(cfg, i / cfg.num_steps)
         if scale == 1:
-            v, _ = model.decoder(x, t, values, num_tokens, none_null)
+            v, _ = model.decoder(x, t, values, num_tokens, no_null)
         else:
             v, v_null = velocities(model.decoder, x, t, values, num_tokens)
             if cfg.apg:
@@ -707,15 +666,14 @@ def sample(model, noise, ids, cfg):
 
 @torch.no_grad()
 def generate(model, cond, u, cfg):
-    """Ids (B, k) for conditions cond, from a uniform draw a token, u (B, k), with a key-value cache (F33)."""
+    """Ids (B, k) for conditions, from a uniform draw a token, u (B, k), with a key-value cache (F33)."""
     guided = cfg.cfg_scale_ar != 1
     if guided:
-        cond = torch.cat([cond, model.condition.empty.expand_as(cond)])
-    h, texts = model.encode_condition(cond)                                                      # (B, 1, D)
-    kv_cache = [None] * len(texts)
-    ids = []
+        cond = torch.cat([cond, model.empty.expand_as(cond)])
+    h, texts = model.encode_condition(cond)
+    kv_cache, ids = [None] * len(texts), []
     for i in range(u.shape[1]):
-        logits = model.decode_step(h, i, texts, kv_cache)[:, 0]                                     # (B, V)
+        logits = model.decode_step(h, i, texts, kv_cache)[:, 0]
         if guided:
             told, free = logits.chunk(2)                                                    # (B, V), (B, V)
             logits = free + cfg.cfg_scale_ar * (told - free)                                        # (B, V)
@@ -729,7 +687,27 @@ def generate(model, cond, u, cfg):
 
 # --- Training ----------------------------------------------------------------
 
-# F1  x = c z, z ~ N(mean, exp(logvar)): cached latents of a VAE, drawn anew in every step; pixels are their own
+# Width, heads and depth are one number, as in the paper: 12 blocks of 12 heads of 64 channels are "d12". The
+# demo is 12 pixels wide, with patches of 2: a token must name a place, and in patches of 4, where the decoder
+# has to carry 48 numbers of noise through 64 channels, all eight learned the two colours and nothing else.
+PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.pt2", bf16=True)
+PAPER_AR = dict(PAPER, stage="ar", encoder=18, decoder=28)      # on tokens of the largest tokenizer
+PAPER_TEXT = dict(PAPER_AR, condition="text", text="t5-xl.npy", cfg_scale_ar=3.0)
+PRESETS = {
+    "demo": dict(size=12, channels=3, flip=False, crop=1.0, registers=8, levels="8,5,5,5", encoder=2,
+                 decoder=2, gpt=2, head=32, std=0.5, null=0.05, shift=8.0, repa=0.0, steps=4500,
+                 steps_ar=2000, batch=16, lr=2e-3, lr_ar=3e-3, warmup=0.025, ema=0.995, num_steps=8,
+                 cfg_scale=1.5, save=1000),
+    # CIFAR-10 for one GPU; planned for under an hour, not yet run
+    "small": dict(data="cifar10", channels=3, registers=64, encoder=6, decoder=6, gpt=6, steps=40_000,
+                  steps_ar=20_000, batch=128, ema=0.999, cfg_scale=2.0)}
+PRESETS |= {f"d{e}-d{d}": dict(PAPER, encoder=e, decoder=d) for e, d in ((12, 12), (18, 18), (18, 28))}
+PRESETS |= {f"ar-d{n}": dict(PAPER_AR, gpt=n) for n in (10, 12, 16, 20, 24, 30)}
+PRESETS |= {f"ar-text-d{n}": dict(PAPER_TEXT, gpt=n) for n in (12, 18, 26, 36)}
+TARGET = 0.047      # error at k = R, at most: mean + 4 s.d. of seeds 0 to 4, .0439 .0434 .0418 .0436 .0420
+SHORT_RUN = 100     # a run of fewer steps tries the machine: its judge stays untrained
+
+# F1  x = c z, z ~ N(mean, exp(logvar)): cached latents of a VAE, drawn anew in every step; pixels stay pixels
 
 
 def draw_images(dataset, cfg, step, stage):
@@ -753,18 +731,15 @@ def draw_images(dataset, cfg, step, stage):
 def draw(dataset, cfg, step, device):
     """One step's images, and the draws that loss_tokenizer names."""
     x, _, (u_time, u_length, u_null, _) = draw_images(dataset, cfg, step, "tokenizer")
-    generator = common.make_generator(cfg.seed, step, "tokenizer noise", device)
-    noise = torch.randn(cfg.batch, *x.shape[1:], generator=generator, device=device)
-    draws = {"time": flow_time(u_time, cfg.time, cfg.shift), "noise": common.shard(noise),
-             "num_tokens": nested_lengths(u_length, cfg.registers, cfg.nested), "null": u_null < cfg.null}
-    draws = {name: value.to(device) for name, value in draws.items()}
-    return x.to(device, noise.dtype), draws
+    noise = common.shard_noise((cfg.batch, *x.shape[1:]), cfg.seed, step, "tokenizer noise", device)
+    draws = {"time": flow_time(u_time, cfg.time, cfg.shift), "noise": noise, "null": u_null < cfg.null,
+             "num_tokens": nested_lengths(u_length, cfg.registers, cfg.nested)}
+    return x.to(device, noise.dtype), {name: value.to(device) for name, value in draws.items()}
 
 
 def random_crops(x, factor, u_row, u_column):
     """Images enlarged by a factor, then cut to their old size, each at its own place."""
-    n = x.shape[-1]
-    side = round(factor * n)
+    n, side = x.shape[-1], round(factor * x.shape[-1])
     x = F.interpolate(x, (side, side), mode="bilinear")
     rows = (u_row * (side - n + 1)).long().tolist()
     columns = (u_column * (side - n + 1)).long().tolist()
@@ -793,11 +768,8 @@ def learning_rate(cfg, step, stage="tokenizer"):
 
 
 def optimizer(model, cfg, decay=0.01):
-    """AdamW; our choice for the tokenizer, whose optimizer is unknown. The GPT's decay is the paper's, .05."""
+    """AdamW. our choice for the tokenizer, whose optimizer is unknown; the GPT's decay is the paper's .05."""
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=decay, fused=True)
-
-
-SHORT_RUN = 100                             # a run of fewer steps tries the machine: its judge stays untrained
 
 
 def open_teacher(cfg):
@@ -820,8 +792,7 @@ def open_conditions(cfg, dataset):
     if cfg.condition == "class":
         return dataset.labels, dataset.classes, torch.tensor(-1)
     if cfg.text:
-        states = read_states(cfg.text)
-        wanted = len(dataset) + 1
+        states, wanted = read_states(cfg.text), len(dataset) + 1
         common.require(len(states) == wanted, f"--text {cfg.text}: holds {len(states)} states; {wanted} are "
                        "wanted, of the training captions, then of the empty one")
         return states, [], torch.tensor(states[-1]).float()
@@ -834,24 +805,13 @@ def open_conditions(cfg, dataset):
 
 def encode_captions(captions, words, L):
     """Captions as word ids (M, L): 1 for the start, the words, zeros. UserError where one cannot be read."""
-    vocabulary = data.Vocabulary(words)
-    rows = np.zeros((len(captions), L), np.int64)
+    vocabulary, rows = data.Vocabulary(words), np.zeros((len(captions), L), np.int64)
     for row, caption in zip(rows, captions):
         ids = [1, *vocabulary.encode(caption)]
         common.require(3 not in ids, f"unknown words in {caption!r}; known are: {' '.join(words)}")
         common.require(len(ids) <= L, f"a caption has {len(ids) - 1} words; at most {L - 1} are read")
         row[:len(ids)] = ids
     return rows
-
-
-def make_condition(cfg, names, empty):
-    """An untrained module that reads such conditions."""
-    D = cfg.gpt * cfg.head
-    if cfg.condition == "class":
-        return ClassCondition(names, D)
-    if cfg.text:
-        return StateCondition(empty)
-    return TextCondition(names, empty, D, cfg.head)
 
 
 def read_states(path):
@@ -880,10 +840,9 @@ def load_gpt(cfg, path):
     if "tokenizer" not in saved["state"]:
         return None
     with data.reading(path):
-        condition = make_condition(cfg, saved["classes"], saved["state"]["ema"]["condition.empty"])
-    gpt = GPT(cfg, condition).to(common.device_of(cfg)).requires_grad_(False)
+        gpt = GPT(cfg, saved["classes"], saved["state"]["ema"]["empty"])
     common.load_into({"ema": gpt}, saved, path)
-    return gpt
+    return gpt.to(common.device_of(cfg)).requires_grad_(False)
 
 
 def train_tokenizer(cfg):
@@ -914,14 +873,14 @@ def train_tokenizer(cfg):
 
 
 def train_ar(cfg):
-    """Stage 2: the GPT, on ids that the frozen tokenizer gives to cropped and mirrored images (F29 to F32)."""
+    """Stage 2: the GPT, on ids that the frozen tokenizer gives to cropped, mirrored images (F29 to F32)."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
     tokenizer = load_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
     conditions, names, empty = open_conditions(cfg, dataset)
     run = common.Run(cfg, "ar", classes=names)
     run.seed_weights()
-    model = GPT(cfg, make_condition(cfg, names, empty)).to(device)
+    model = GPT(cfg, names, empty).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg, decay=0.05)
     start = run.restore(model=model, ema=ema, opt=opt, frozen={"tokenizer": tokenizer})
@@ -948,9 +907,7 @@ STAGES = {"tokenizer": train_tokenizer, "ar": train_ar}
 def train(cfg):
     """One stage, or what is unfinished of both; 1 where the demo missed its target."""
     path = common.run_stages(cfg, STAGES)
-    if common.rank() > 0:
-        return 0
-    return report(cfg, path, path.parent)
+    return report(cfg, path, path.parent) if common.rank() == 0 else 0
 
 
 # --- Checks ------------------------------------------------------------------
@@ -958,31 +915,29 @@ def train(cfg):
 
 def num_kept(cfg):
     """How many tokens --keep names; UserError."""
-    R = cfg.registers
-    number = str(R) if cfg.keep == "all" else cfg.keep
-    fine = re.fullmatch("[1-9][0-9]*", number) and int(number) <= R
-    common.require(fine, f"--keep {cfg.keep}: give all, or 1 to {R}")
+    number = str(cfg.registers) if cfg.keep == "all" else cfg.keep
+    fine = re.fullmatch("[1-9][0-9]*", number) and int(number) <= cfg.registers
+    common.require(fine, f"--keep {cfg.keep}: give all, or 1 to {cfg.registers}")
     return int(number)
 
 
 def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
-    require = common.require
-    R = cfg.registers
+    require, R = common.require, cfg.registers
     require(cfg.head % 4 == 0, f"--head {cfg.head}: must be a multiple of 4")
     require(cfg.size % cfg.patch == 0, f"--size {cfg.size}: must be a multiple of --patch {cfg.patch}")
-    power = 2 ** (R.bit_length() - 1) == R
-    require(power or cfg.nested == "uniform", f"--registers {R}: give a power of 2, or --nested uniform")
-    early = not cfg.repa or cfg.repa_layer < cfg.decoder
-    require(early, f"--repa_layer {cfg.repa_layer}: not below --decoder {cfg.decoder}")
+    fine = cfg.nested == "uniform" or R.bit_count() == 1
+    require(fine, f"--registers {R}: give a power of 2, or --nested uniform")
+    fine = not cfg.repa or cfg.repa_layer < cfg.decoder
+    require(fine, f"--repa_layer {cfg.repa_layer}: not below --decoder {cfg.decoder}")
     parse_levels(cfg.levels)
     num_kept(cfg)
     if cfg.classes != "all":
         common.parse_classes(cfg.classes, 10 ** 9)
     require(cfg.prompt.strip(), "--prompt: is empty; give some words")
     require(not (cfg.encode and cfg.decode), "--encode and --decode: give one of them")
+    require(cfg.sample or not (cfg.encode or cfg.decode), "--encode and --decode go with --sample CHECKPOINT")
     if not cfg.sample:
-        require(not cfg.encode and not cfg.decode, "--encode and --decode go with --sample CHECKPOINT")
         words = cfg.condition == "text" and not cfg.text
         require(words or cfg.prompt == "captions", "--prompt: for a GPT that learns --condition text")
         require(cfg.condition == "class" or cfg.classes == "all", "--classes: goes with --condition class")
@@ -993,11 +948,8 @@ def check(cfg):
 def open_split(cfg, split, count=20_000):
     """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
     found = data.open_data(cfg.data, split, size=cfg.size, objects=(1, cfg.objects), count=count)
-    shape = found.images.shape[1:]
-    square = len(shape) == 3 and shape[1] == shape[2]
-    common.require(square, f"{cfg.data}: images {shape}; must be (C, h, h), square and still")
-    fits = shape[:2] == (cfg.channels, cfg.size)
-    common.require(fits, f"{cfg.data}: give --channels {shape[0]} --size {shape[1]}")
+    shape, wanted = found.images.shape[1:], (cfg.channels, cfg.size, cfg.size)
+    common.require(shape == wanted, f"{cfg.data}: images {shape}; --channels and --size ask for {wanted}")
     return found
 
 
@@ -1007,14 +959,14 @@ def prepare(cfg):
         return
     common.require_memory(cfg, lambda: Tokenizer(cfg))
     dataset = open_split(cfg, "train")
-    open_split(cfg, "test", cfg.count)
-    latents = dataset.latent and cfg.repa and cfg.teacher == "judge" and cfg.stage != "ar"
-    common.require(not latents, f"{cfg.data}: the judge reads pixels; give --teacher FILE, or --repa 0")
+    print(data.describe({"train": dataset, "test": open_split(cfg, "test", cfg.count)}), flush=True)
+    blind = dataset.latent and cfg.repa and cfg.teacher == "judge" and cfg.stage != "ar"
+    common.require(not blind, f"{cfg.data}: the judge reads pixels; give --teacher FILE, or --repa 0")
     if cfg.stage == "ar":
         check_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
     if cfg.stage != "tokenizer":
         _, names, empty = open_conditions(cfg, dataset)
-        common.require_memory(cfg, lambda: GPT(cfg, make_condition(cfg, names, empty)))
+        common.require_memory(cfg, lambda: GPT(cfg, names, empty))
         if cfg.condition == "class":
             common.parse_classes(cfg.classes, len(names))
         elif cfg.prompt != "captions":
@@ -1025,7 +977,7 @@ def prepare(cfg):
 def check_tokenizer(cfg, path):
     """UserError where the tokenizer that stage ar builds on was trained at other settings."""
     stored = common.read_checkpoint(path, "flextok")["config"]
-    for name in ("size", "channels", "patch", "registers", "levels", "encoder", "decoder", "head", "max_time"):
+    for name in "size channels patch registers levels encoder decoder head max_time".split():
         asked = getattr(cfg, name)
         common.require(stored.get(name) == asked, f"--{name} {asked}: {path} has {stored.get(name)}")
 
@@ -1035,21 +987,16 @@ def check_tokenizer(cfg, path):
 
 def plain_images(dataset, rows):
     """Images (m, C, h, w) of a data set as they are; of latents their means."""
-    if dataset.latent:
-        x = dataset.latents(rows, np.zeros(len(rows), bool), 0.0)
-    else:
-        x = dataset.pixels(rows)
+    rows = np.asarray(rows)
+    x = dataset.latents(rows, np.zeros(len(rows), bool), 0.0) if dataset.latent else dataset.pixels(rows)
     return x.to(torch.get_default_dtype())
 
 
 def encode_images(tokenizer, cfg, dataset, count):
     """The ids (M, R) of the first images of a data set."""
     device = common.device_of(cfg)
-
-    def block(rows):
-        return tokenizer.tokenize(plain_images(dataset, rows.numpy()).to(device))
-
-    return common.in_blocks(block, "cpu", torch.arange(min(count, len(dataset))))
+    rows = torch.arange(min(count, len(dataset)))
+    return common.in_blocks(lambda i: tokenizer.tokenize(plain_images(dataset, i).to(device)), "cpu", rows)
 
 
 def decode_tokens(tokenizer, cfg, ids):
@@ -1072,18 +1019,17 @@ def show_prefixes(path, tokenizer, cfg, ids, names, *extra):
 
 
 def show_tokens(tokenizer, cfg, where):
-    """prefixes.png, vocabulary.png, and what k tokens know without invention.
+    """prefixes.png; vocabulary.png; what k tokens know without invention.
 
-    vocabulary.png puts the first token of the column's image before the others of the row's. Returned are lengths k
-    and the mean squared errors of the estimate after one step from noise.
+    vocabulary.png puts the first token of the column's image before the others of the row's. Returned are
+    prefix lengths, and mean squared errors of the estimate that one step from noise gives.
     """
     test = open_split(cfg, "test", cfg.count)
-    x = plain_images(test, np.arange(min(cfg.count, len(test))))
+    x = plain_images(test, range(min(cfg.count, len(test))))
     ids = encode_images(tokenizer, cfg, test, cfg.count)
     names = [test.classes[label] for label in test.labels[:10]]
     show_prefixes(where / "prefixes.png", tokenizer, cfg, ids[:10], names, ("image", lambda last: x[:10]))
-    n = min(6, len(x))
-    columns = []
+    n, columns = min(6, len(x)), []
     for j in range(n):
         swapped = torch.cat([ids[j, :1].expand(n, 1), ids[:n, 1:]], 1)
         columns.append(torch.cat([x[j:j + 1], decode_tokens(tokenizer, cfg, swapped)]))
@@ -1095,38 +1041,35 @@ def show_tokens(tokenizer, cfg, where):
 
 def chosen_conditions(gpt, cfg, count):
     """`count` conditions that --classes, --text or --prompt name, and their names."""
-    names, empty = gpt.condition.names, gpt.condition.empty
     if cfg.condition == "class":
-        labels = np.resize(common.parse_classes(cfg.classes, len(names)), count)
-        return labels, [names[label] for label in labels]
+        labels = np.resize(common.parse_classes(cfg.classes, len(gpt.names)), count)
+        return labels, [gpt.names[label] for label in labels]
     if cfg.text:
-        states = read_states(cfg.text)
-        fits = states.shape[1:] == empty.shape
-        common.require(fits, f"--text {cfg.text}: states {states.shape[1:]}; the GPT reads {*empty.shape,}")
+        states, shape = read_states(cfg.text), tuple(gpt.empty.shape)
+        fits = states.shape[1:] == shape
+        common.require(fits, f"--text {cfg.text}: states {states.shape[1:]}; the GPT reads {shape}")
         rows = np.arange(count) % len(states)
         return states[rows], [f"row {i}" for i in rows]
     texts = open_split(cfg, "test", count).captions if cfg.prompt == "captions" else [cfg.prompt]
     texts = [texts[i % len(texts)] for i in range(count)]
-    return encode_captions(texts, names, len(empty)), texts
+    return encode_captions(texts, gpt.names, len(gpt.empty)), texts
 
 
 def show_samples(tokenizer, gpt, cfg, where):
     """generation.png: a row a class or caption, a column a prefix length; the nearest training image."""
-    count = min(cfg.count, 10)
-    conditions, names = chosen_conditions(gpt, cfg, count)
-    u = torch.rand(count, num_kept(cfg), generator=common.make_generator(cfg.seed, 0, "tokens"))
-    device = common.device_of(cfg)
-    ids = common.in_blocks(lambda c, n: generate(gpt, c, n, cfg), device, torch.tensor(conditions), u)
+    conditions, names = chosen_conditions(gpt, cfg, min(cfg.count, 10))
+    u = torch.rand(len(names), num_kept(cfg), generator=common.make_generator(cfg.seed, 0, "tokens"))
+    conditions, device = torch.tensor(conditions), common.device_of(cfg)
+    ids = common.in_blocks(lambda cond, u: generate(gpt, cond, u, cfg), device, conditions, u)
     extra = []
     if not cfg.sample and not cfg.data.startswith("latents"):
-        extra.append(("train", lambda last: common.nearest(last, open_split(cfg, "train"))))
+        extra = [("train", lambda last: common.nearest(last, open_split(cfg, "train")))]
     show_prefixes(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names], *extra)
 
 
 def report(cfg, path, where):
     """Pictures of a checkpoint and its errors, printed; 1 where the demo missed its target."""
-    tokenizer = load_tokenizer(cfg, path)
-    gpt = load_gpt(cfg, path)
+    tokenizer, gpt = load_tokenizer(cfg, path), load_gpt(cfg, path)
     if gpt:
         show_samples(tokenizer, gpt, cfg, where)
         if cfg.sample:
@@ -1134,10 +1077,9 @@ def report(cfg, path, where):
     lengths, errors = show_tokens(tokenizer, cfg, where)
     text = ", ".join(f"{error:.4f} (k={k})" for k, error in zip(lengths, errors))
     print(f"{where}: error {text}", flush=True)
-    if cfg.preset != "demo" or not common.is_preset(cfg, PRESETS):
-        return 0
     falling = all(longer < 1.01 * shorter for shorter, longer in zip(errors, errors[1:]))
-    return 0 if falling and errors[-1] <= TARGET else 1
+    missed = errors[-1] > TARGET or not falling
+    return int(cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and missed)
 
 
 def write_tokens(tokenizer, cfg):
@@ -1149,27 +1091,21 @@ def write_tokens(tokenizer, cfg):
 
 
 def read_tokens(cfg):
-    """--decode: ids (M, K) cut to --keep; UserError where they are no tokens of this codebook."""
-    path = cfg.decode
-    ours = parse_levels(cfg.levels)
-    V = math.prod(ours)
-    with data.reading(path), np.load(path) as found:
-        ids = found["ids"].astype(np.int64)
-        levels = tuple(found["levels"].tolist())
-    common.require(levels == ours, f"--decode {path}: another codebook, of levels {levels}, not {ours}")
-    fine = ids.ndim == 2 and ids.size and 0 <= ids.min() and ids.max() < V
-    common.require(fine, f"--decode {path}: ids {ids.shape} up to {ids.max(initial=0)}; must be (M, K) of 0 to {V - 1}")
-    most = min(ids.shape[1], cfg.registers)
-    K = ids.shape[1] if cfg.keep == "all" else num_kept(cfg)
-    common.require(K <= most, f"--keep {K}: {path} and the decoder share {most} tokens")
-    return torch.from_numpy(ids[:, :K])
+    """--decode: ids (M, k), at most --keep; UserError where they are no tokens of this codebook."""
+    levels = parse_levels(cfg.levels)
+    with data.reading(cfg.decode), np.load(cfg.decode) as found:
+        ids = torch.from_numpy(found["ids"].astype(np.int64))
+        same = tuple(found["levels"].tolist()) == levels
+    fine = same and ids.ndim == 2 and ids.numel() and 0 <= ids.min() and ids.max() < math.prod(levels)
+    common.require(fine, f"--decode {cfg.decode}: holds no ids (M, k) of a codebook of levels {cfg.levels}")
+    return ids[:, :num_kept(cfg)]
 
 
 def use_checkpoint(cfg):
     """--sample: encode, decode, or draw. Touches nothing but --encode's file and the folder of samples."""
     gpt = load_gpt(cfg, cfg.sample)
-    reads = isinstance(gpt and gpt.condition, TextCondition)
-    common.require(reads or cfg.prompt == "captions", f"--prompt: {cfg.sample} never saw words")
+    reads_words = gpt and gpt.is_text and not cfg.text
+    common.require(reads_words or cfg.prompt == "captions", f"--prompt: {cfg.sample} never saw words")
     where = common.sample_folder(cfg)
     if cfg.encode:
         write_tokens(load_tokenizer(cfg, cfg.sample), cfg)
@@ -1179,14 +1115,12 @@ def use_checkpoint(cfg):
     else:
         report(cfg, cfg.sample, where)
     print(f"written: {cfg.encode or where}")
+    return 0
 
 
 def main(cfg):
     """Train, or use a checkpoint; returns the exit code."""
-    if cfg.sample:
-        use_checkpoint(cfg)
-        return 0
-    return train(cfg)
+    return use_checkpoint(cfg) if cfg.sample else train(cfg)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""FlexTok: the invariants of the digest's section 7, the authors' own numbers, and the command line's promises.
+"""FlexTok: every equation F1 to F33, what follows from them, the authors' own numbers, the command line's promises.
 
 Oracles are written from the formulas (loops over tokens and images, closed forms), not from the code under test.
 """
@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import common
+import data
 import flextok
 from tests import ROOT, refused, shared
 from tests.official import convert
@@ -82,6 +83,7 @@ def official(part):
 
 @torch.no_grad()
 def test_official_encoder():
+    """F2 to F13 at once."""
     model, g = official("encoder")
     z = model.encoder(g["latents"])
     close(z, g["z"], 5e-5)
@@ -92,6 +94,7 @@ def test_official_encoder():
 
 @torch.no_grad()
 def test_official_decoder():
+    """F14 to F19 at once."""
     model, g = official("decoder")
     no, full = torch.zeros(4, dtype=torch.bool), torch.full((4,), 16)
     close(model.decoder.tokens(g["quant"], g["keep_k"], no), g["regs_after_dropout"], 1e-6)
@@ -117,6 +120,7 @@ def test_official_checkpoint_becomes_a_file_that_sample_reads(tmp_path):
 
 
 def test_official_quantiser_with_its_gradient():
+    """F10 to F13."""
     g = stored()
     fsq, z = flextok.FSQ(LEVELS), g["z"].requires_grad_()
     values, ids = fsq(z)
@@ -128,12 +132,14 @@ def test_official_quantiser_with_its_gradient():
 
 @pytest.mark.parametrize("n, D", [(4, 64), (8, 32), (16, 16)])
 def test_official_position_table(n, D):
+    """F3."""
     close(flextok.sincos_pos_embed(n, D).T.view(D, n, n), stored()[f"sincos_{n}x{n}_d{D}"][0], 1e-6)
 
 
-# --- Section 7 of the digest ---------------------------------------------------
+# --- What the equations say and imply ------------------------------------------
 
 def test_fsq_is_a_bijection():
+    """F12 inverts F13 on every id; F10 inverted gives a z for each."""
     fsq, ids = flextok.FSQ(LEVELS), torch.arange(64_000)[None]
     values = fsq.values(ids)
     assert len(values[0].unique(dim=0)) == 64_000
@@ -149,6 +155,7 @@ def test_fsq_is_a_bijection():
 
 
 def test_fsq_at_zero_and_far_out():
+    """F10 keeps 0 at 0 and reaches the outermost levels; F12 counts the first digit fastest."""
     fsq = flextok.FSQ(LEVELS)
     for value, expected in ((0.0, 32_036), (-30.0, 0), (30.0, 63_999)):
         values, ids = fsq(torch.full((1, 1, 6), value))
@@ -157,6 +164,7 @@ def test_fsq_at_zero_and_far_out():
 
 
 def test_fsq_is_monotone_coordinatewise_with_the_closed_gradient():
+    """F10 and F11."""
     fsq, j = flextok.FSQ(LEVELS), 2
     z = torch.randn(1, 1, 6, dtype=torch.float64).repeat(1, 500, 1)
     z[0, :, j] = torch.linspace(-4, 4, 500)
@@ -188,6 +196,7 @@ def outputs(encoder, x):
 
 @torch.no_grad()
 def test_encoder_causality():
+    """F5: register i moves z_j for j >= i alone, and no patch."""
     encoder, x = tokenizer().encoder, images()
     patches, z = outputs(encoder, x)
     for i in range(8):
@@ -204,6 +213,7 @@ def test_encoder_causality():
 
 @torch.no_grad()
 def test_prefix_encoding():
+    """F5: with k registers alone the first k rows are the same."""
     encoder, x = tokenizer().encoder, images()
     whole = encoder(x)
     for k in range(1, 9):
@@ -222,6 +232,7 @@ NO = torch.zeros(3, dtype=torch.bool)
 
 
 def test_suffix_independence():
+    """F15: nothing of token k + 1 and beyond reaches the velocity, and no gradient goes back."""
     model, (x, t, values), keep = tokenizer(), decoder_inputs(), torch.tensor([1, 4, 7])
     changed = values.clone()
     for b, k in enumerate(keep):
@@ -235,6 +246,7 @@ def test_suffix_independence():
 
 @torch.no_grad()
 def test_full_prefix_and_exchangeable_masks():
+    """F14 is all there is at k = R; by F15 all dropped tokens are alike in every layer."""
     model, (x, t, values) = tokenizer().decoder, decoder_inputs()
     r = values @ model.read.weight.T + model.read.bias + model.token_position
     close(model.tokens(values, torch.tensor([8, 8, 8]), NO), r, 1e-14)
@@ -249,6 +261,7 @@ def test_full_prefix_and_exchangeable_masks():
 
 @torch.no_grad()
 def test_without_tokens_nothing_of_them_is_left():
+    """F16."""
     model, (x, t, values) = tokenizer().decoder, decoder_inputs()
     plain = model(x, t, values, torch.tensor([8, 8, 8]), ~NO)[0]
     close(model(x, t, torch.rand_like(values), torch.tensor([1, 5, 8]), ~NO)[0], plain, 1e-14)
@@ -257,6 +270,7 @@ def test_without_tokens_nothing_of_them_is_left():
 
 @torch.no_grad()
 def test_short_ids_equal_masked_long_ones():
+    """F28, through F25."""
     model, cfg, noise = tokenizer(), config(), images()
     ids = torch.randint(200, (3, 8))
     for k in (1, 3, 8):
@@ -268,6 +282,7 @@ def test_short_ids_equal_masked_long_ones():
 
 
 def test_the_untrained_model_is_known():
+    """F9, F18 and F19 start at zero: ids of z = 0, blocks that do nothing, velocity 0."""
     torch.manual_seed(0)
     cfg = config(levels="8,8,8,5,5,5", cfg_scale=3.0)
     model = flextok.Tokenizer(cfg)
@@ -285,6 +300,7 @@ def test_the_untrained_model_is_known():
 
 
 def test_wake_up_order():
+    """F9, F18 and F19: the order in which gradients arrive."""
     torch.manual_seed(0)
     model = flextok.Tokenizer(config())
     opt = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -359,6 +375,7 @@ class Oracle(torch.nn.Module):
 
 
 def test_flow_path_and_times():
+    """F20 at its ends, F25 with a decoder that knows the truth, F21 with its symmetry and its masses."""
     x, noise = images(seed=1), images(seed=2)
     for N in (1, 2, 7, 20):
         drawn = flextok.sample(Oracle(x), noise, torch.zeros(3, 8).long(), config(num_steps=N))
@@ -391,6 +408,7 @@ def test_calls_an_image(k):
 
 
 def test_laws_of_nested_dropout():
+    """F15: how often register i is kept."""
     R, u = 256, torch.rand(40_000, generator=torch.Generator().manual_seed(0))
     i = torch.arange(1, R + 1)
     pow2, uniform = (flextok.nested_lengths(u, R, law) for law in ("pow2", "uniform"))
@@ -406,6 +424,7 @@ def test_laws_of_nested_dropout():
 
 
 def test_patches():
+    """F2, entry by entry, and F3."""
     x = images(2, 3, 6)
     u = flextok.patchify(x, 2)
     assert torch.equal(flextok.unpatchify(u, 2, 6, 6), x)
@@ -443,7 +462,7 @@ def test_published_gpt_sizes(preset, millions):
     w, d, text = 64 * cfg.gpt, cfg.gpt, cfg.condition == "text"
     with torch.device("meta"):
         empty = torch.zeros(4, 2048) if text else torch.tensor(-1)
-        model = flextok.GPT(cfg, flextok.make_condition(cfg, [str(k) for k in range(1000)], empty))
+        model = flextok.GPT(cfg, [str(k) for k in range(1000)], empty)
     blocks = count(model.blocks)
     exact = (16 if text else 12) * w ** 2 * d
     assert exact - 2 * w * d <= blocks <= exact and (w % 3 or blocks == exact)    # SwiGLU's 8 w / 3 rounds down
@@ -451,6 +470,7 @@ def test_published_gpt_sizes(preset, millions):
 
 
 def test_mask():
+    """F5, entry by entry."""
     mask = flextok.Encoder(config(size=6, patch=2, registers=4)).mask[3:, 3:]     # P = 9; cut to P = 6, R = 4
     assert mask.sum(1).tolist() == [6, 6, 6, 6, 6, 6, 7, 8, 9, 10]
     whole = flextok.Encoder(config()).mask
@@ -460,6 +480,7 @@ def test_mask():
 
 @torch.no_grad()
 def test_separate_modulation():
+    """F18: what modulates registers does not touch patches."""
     block, h, tau = awake(flextok.DecoderBlock(32, 16)), torch.randn(2, 17, 32).double(), torch.randn(2, 32).double()
     for part in (block.modulation.weight.view(2, 6, 32, 32), block.modulation.bias.view(2, 6, 32)):
         part[:, 0] = 0                                                  # both attention gates
@@ -486,7 +507,7 @@ def gpt(kind, **changes):
         cond = torch.randn(3, 5, 12, generator=g).double()
         cond[1, 1:] = cond[2, 3:] = 0
         empty = cond[1]
-    model = flextok.GPT(cfg, flextok.make_condition(cfg, WORDS + ["star"], empty))
+    model = flextok.GPT(cfg, WORDS + ["star"], empty)
     return awake(model), torch.randint(200, (3, 8), generator=g), cond
 
 
@@ -496,6 +517,7 @@ KINDS = ["class", "words", "states"]
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_cache_equals_the_plain_form(kind):
+    """F29: an id depends on those before it alone, and the cache changes nothing."""
     model, ids, cond = gpt(kind)
     plain = model(ids, cond)
     h, texts = model.encode_condition(cond)
@@ -512,6 +534,7 @@ def test_cache_equals_the_plain_form(kind):
 
 @torch.no_grad()
 def test_no_class_is_the_bare_start():
+    """F30."""
     model, ids, _ = gpt("class")
     zeroed = copy.deepcopy(model)
     zeroed.condition.table.weight.zero_()
@@ -543,7 +566,7 @@ def plain_generate(model, cond, u, cfg):
         padded = F.pad(ids, (0, 1))
         logits = model(padded, cond)[:, -1]
         if cfg.cfg_scale_ar != 1:
-            free = model(padded, model.condition.empty.expand_as(cond))[:, -1]
+            free = model(padded, model.empty.expand_as(cond))[:, -1]
             logits = free + cfg.cfg_scale_ar * (logits - free)
         p = common.filter_logits(logits, cfg.temperature, cfg.top_k, cfg.top_p).softmax(1).numpy()
         new = [int(np.searchsorted(np.cumsum(row), float(x) * row.sum(), side="right")) for row, x in zip(p, u[:, i])]
@@ -555,6 +578,7 @@ def plain_generate(model, cond, u, cfg):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("s", [1.0, 3.0])
 def test_generation_equals_the_plain_loop(kind, s):
+    """F33."""
     model, _, cond = gpt(kind)
     u, cfg = torch.rand(3, 8, generator=torch.Generator().manual_seed(4)), config(cfg_scale_ar=s)
     ids = flextok.generate(model, cond, u, cfg)
@@ -585,6 +609,7 @@ def test_filters_by_value():
 
 @torch.no_grad()
 def test_queries_and_keys_have_no_length():
+    """F7."""
     attention, h = awake(flextok.Attention(32, 16)), torch.randn(2, 9, 32).double() * 30
     before = attention(h)
     attention.wq.weight *= 7.0
@@ -594,6 +619,7 @@ def test_queries_and_keys_have_no_length():
 
 @torch.no_grad()
 def test_attention_by_formula():
+    """F7, a head and a position at a time."""
     attention, h, d = awake(flextok.Attention(32, 16)), torch.randn(2, 5, 32).double(), 16
     mask = torch.rand(5, 5) < 0.6
     mask.fill_diagonal_(True)
@@ -605,6 +631,82 @@ def test_attention_by_formula():
         weights = torch.tensor([(q @ unit((attention.wk.weight @ h[b, s])[part]) * 8 / d).exp() * mask[i, s] for s in range(5)])
         expected[b, i, part] = sum(w * (attention.wv.weight @ h[b, s])[part] for s, w in enumerate(weights / weights.sum()))
     close(attention(h, mask=mask), expected @ attention.wo.weight.T, 1e-10)
+
+
+def unit(h):
+    """The norm without gain of one vector, or of rows."""
+    return (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def swiglu(block, h):
+    """F8."""
+    a, b = h @ block.w1.weight.T, h @ block.w3.weight.T
+    return (a / (1 + (-a).exp()) * b) @ block.w2.weight.T
+
+
+@torch.no_grad()
+def test_encoder_by_formula():
+    """F4, F6, F8 and F9 around the attention of F7."""
+    encoder, x = tokenizer(encoder=1).encoder, images(1)
+    patches = [torch.cat([x[0, :, 2 * r + i, 2 * c + j] for i in range(2) for j in range(2)]) for r in range(3) for c in range(3)]
+    h = torch.stack(patches) @ encoder.embed.weight.T + encoder.embed.bias + flextok.sincos_pos_embed(3, 16)
+    h, block = torch.cat([h, encoder.registers]), encoder.blocks[0]
+    h = h + block.attention(unit(h)[None], mask=encoder.mask)[0]
+    h = h + swiglu(block, unit(h))
+    z = unit(h[9:]) @ encoder.head.weight.T + encoder.head.bias
+    close(encoder(x)[0], z, 1e-6)
+
+
+@torch.no_grad()
+def test_decoder_by_formula():
+    """F14, F15, F16, F17, F18 and F19 for one image, a position at a time where it matters."""
+    model = tokenizer(decoder=1, max_time=500.0).decoder
+    x, t, values = images(1), torch.tensor([0.3], dtype=torch.float64), torch.rand(1, 8, 3, dtype=torch.float64)
+    angles = [0.3 * 2 * 256 ** (-j / 128) for j in range(128)]
+    code = torch.tensor([*map(math.cos, angles), *map(math.sin, angles)], dtype=torch.float64)
+    close(flextok.timestep_embedding(t, 500.0)[0], code, 1e-12)
+    a, silu = model.time[0](code), torch.nn.functional.silu
+    tau = model.time[2](a / (1 + (-a).exp()))
+    r = [model.read.weight @ values[0, i] + model.read.bias + model.token_position[i] if i < 3 else model.mask for i in range(8)]
+    h = torch.cat([flextok.patchify(x, 2)[0] @ model.embed.weight.T + model.embed.bias + model.pos_embed, torch.stack(r)])
+    block = model.blocks[0]
+    parts = block.modulation(silu(tau)).view(2, 6, 16)
+    g1, g2, s1, c1, s2, c2 = (torch.stack([parts[int(i >= 9), k] for i in range(17)]) for k in range(6))
+    h = h + g1 * block.attention((unit(h) * (1 + c1) + s1)[None])[0]
+    h = h + g2 * swiglu(block, unit(h) * (1 + c2) + s2)
+    shift, scale = model.modulation(silu(tau)).view(2, 16)
+    u = model.head(unit(h[:9]) * (1 + scale) + shift)
+    v = model(x, t, values, torch.tensor([3]), NO[:1])[0]
+    close(flextok.patchify(v, 2)[0], u, 1e-6)
+    without = model.tokens(values, torch.tensor([3]), ~NO[:1])
+    assert torch.equal(without, model.null.expand(1, 8, 16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["class", "words", "states"])
+def test_gpt_by_formula(kind):
+    """F29, F30, F31 and F32 with one block: the first input, causal attention, cross-attention to the text, the read-out."""
+    model, ids, cond = gpt(kind, gpt=1)
+    rms = lambda h: h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    block, b = model.blocks[0], 2
+    h = torch.stack([model.start, *model.table.weight[ids[b, :-1]]])
+    if kind == "class":
+        h[0] += model.condition.table.weight[cond[b]]
+    h = h + model.position
+    causal = torch.ones(8, 8, dtype=torch.bool).tril()
+    h = h + block.attention(rms(h)[None], mask=causal)[0]
+    if kind != "class":
+        states = cond[b, :3]                                            # the rest is padding
+        if kind == "words":
+            states = (model.condition.table.weight[cond[b]] + model.condition.position)[:3]
+            for reader in model.condition.blocks:
+                states = states + reader.attention(unit(states)[None])[0]
+                states = states + swiglu(reader, unit(states))
+        a = states @ model.text[0].weight.T
+        text = (0.5 * a * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a ** 3)))) @ model.text[2].weight.T
+        h = h + block.cross(rms(h)[None], block.cross.keys_values(text[None]))[0]
+    h = h + swiglu(block, rms(h))
+    close(model(ids, cond)[b], rms(h) @ model.head.weight.T, 1e-6)
 
 
 @torch.no_grad()
@@ -619,6 +721,7 @@ def test_batch_independence():
 
 
 def test_losses_by_formula():
+    """F20, F22, F23 and F24, an image and a patch at a time."""
     torch.manual_seed(0)
     model, (x, t, _), noise, keep = tokenizer(), decoder_inputs(), images(seed=8), torch.tensor([1, 4, 8])
     model.align, model.repa = awake(torch.nn.Linear(32, 5)), 0.3
@@ -634,6 +737,7 @@ def test_losses_by_formula():
 
 
 def test_only_early_patches_of_the_decoder_are_aligned():
+    """F23."""
     model, (x, t, values), keep = tokenizer(decoder=3, repa_layer=1), decoder_inputs(), torch.tensor([8, 8, 8])
     seen = []
     for block in model.decoder.blocks:
@@ -643,12 +747,31 @@ def test_only_early_patches_of_the_decoder_are_aligned():
 
 
 def test_ar_loss_by_formula():
+    """F29."""
     model, ids, cond = gpt("class")
     drop = torch.tensor([True, False, False])
     value, _ = flextok.loss_ar(model, (ids, cond), {"drop": drop})
     logits = model(ids, torch.tensor([-1, -1, 0]))
     expected = -sum(logits[b, i].log_softmax(0)[ids[b, i]] for b in range(3) for i in range(8)) / 24
     close(value, expected, 1e-12)
+
+
+def test_latents_are_drawn_from_their_posterior():
+    """F1, of the image or of its mirror, by the draws of the step."""
+    g = np.random.default_rng(0)
+    parts = {name: g.normal(size=(5, 3, 6, 6)).astype(np.float32) for name in ("images", "logvar", "mean_flip", "logvar_flip")}
+    dataset = data.Data(labels=np.arange(5) % 2, latent=True, scale=0.7, **parts)
+    cfg = config(batch=4, flip=True)
+    x, draws = flextok.draw(dataset, cfg, 3, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(common.make_generator(cfg.seed, 3, "tokenizer data").initial_seed())
+    index, u, noise = torch.randint(5, (4,), generator=draw), torch.rand(4, 5, generator=draw), torch.randn(4, 3, 6, 6, generator=draw)
+    for b, i in enumerate(index):
+        mean, logvar = ("mean_flip", "logvar_flip") if u[b, 0] < 0.5 else ("images", "logvar")
+        z = parts[mean][i] + np.exp(parts[logvar][i] / 2) * noise[b].numpy()
+        close(x[b], torch.from_numpy(0.7 * z), 1e-6)
+    assert torch.equal(draws["time"], flextok.flow_time(u[:, 1], "mode")) and draws["noise"].shape == x.shape
+    assert torch.equal(draws["num_tokens"], flextok.nested_lengths(u[:, 2], 8, "pow2"))
+    assert torch.equal(draws["null"], u[:, 3] < cfg.null)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -679,7 +802,7 @@ def run(*argv):
     (["--temperature", "0"], "--temperature 0.0"), (["--classes", "a"], "--classes a"), (["--encode", "x.npz"], "--sample"),
     (["--decode", "x.npz"], "--sample"), (["--repa", "1", "--repa_layer", "9"], "--repa_layer 9"),
     (["--repa", "1", "--teacher", "no.pt2"], "no.pt2"),
-    (["--nested", "what"], "invalid choice"), (["--channels", "1"], "give --channels 3"), (["--crop", "0.5"], "--crop 0.5"),
+    (["--nested", "what"], "invalid choice"), (["--channels", "1"], "images (3, 12, 12); --channels and --size ask for (1, 12, 12)"), (["--crop", "0.5"], "--crop 0.5"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"), (["--data", "latents:nowhere.npz"], "nowhere.npz"),
     (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
     (["--stage", "ar"], "runs/flextok/demo/tokenizer.pt is missing; `python flextok.py --preset demo --name demo --stage tokenizer` makes it"),
@@ -742,7 +865,7 @@ def test_what_the_data_lacks_is_said_before_training(trained, tmp_path, monkeypa
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "states.npy"], "holds 5 states; 37 are wanted"),
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "words.npy"], "must hold one array of floats (M, L, S)"),
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "two.npz"], "--text two.npz"),
-                        (["--data", "latents:clips.npz", "--channels", "4", "--repa", "0"], "square and still"),
+                        (["--data", "latents:clips.npz", "--channels", "4", "--repa", "0"], "images (4, 8, 8, 8); --channels and --size ask for (4, 8, 8)"),
                         (["--stage", "ar", "--tokenizer", demo, "--levels", "5,8"], "--levels 5,8: "),
                         (["--stage", "ar", "--tokenizer", demo, "--max_time", "1"], "--max_time 1.0: "),
                         (["--stage", "ar", "--tokenizer", "two.npz"], "not a checkpoint")):
@@ -830,17 +953,19 @@ def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
     run("--sample", checkpoint, "--decode", "tokens.npz", "--keep", "2", "--count", "5")
     assert (trained / "demo" / "samples" / "decoded.png").exists()
     assert (trained / "demo" / "tokenizer.pt").read_bytes() == before
-    bad = {"another codebook": dict(ids=found["ids"], levels=[8, 8]), "must be": dict(ids=[[40]], levels=[8, 5]),
-           "ids (0,)": dict(ids=[], levels=[8, 5]), "cannot be read": dict(levels=[8, 5])}
-    for words, arrays in bad.items():
-        np.savez("bad.npz", **{key: np.array(value) for key, value in arrays.items()})
-        with pytest.raises(SystemExit) as stop:
-            run("--sample", checkpoint, "--decode", "bad.npz")
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+    bad = {"no ids (M, k) of a codebook of levels 8,5": [dict(ids=found["ids"], levels=[8, 8]), dict(ids=[[40]], levels=[8, 5]),
+                                                       dict(ids=[], levels=[8, 5]), dict(ids=[[-1]], levels=[8, 5])],
+           "cannot be read": [dict(levels=[8, 5]), dict(ids=[["a"]], levels=[8, 5])]}
+    for words, several in bad.items():
+        for arrays in several:
+            np.savez("bad.npz", **{key: np.array(value) for key, value in arrays.items()})
+            assert words in refused(run, ["--sample", checkpoint, "--decode", "bad.npz"], capsys)
     np.savez("short.npz", ids=found["ids"][:3, :2], levels=found["levels"])
-    with pytest.raises(SystemExit):
-        run("--sample", checkpoint, "--decode", "short.npz", "--keep", "3")
-    assert "share 2 tokens" in capsys.readouterr().err
+    cfg = flextok.Config(**torch.load(checkpoint, weights_only=True)["config"])
+    cfg.decode = "short.npz"
+    for keep, k in (("3", 2), ("all", 2), ("1", 1)):
+        cfg.keep = keep
+        assert flextok.read_tokens(cfg).tolist() == found["ids"][:3, :k].tolist()
 
 
 @pytest.mark.parametrize("argv, words", [

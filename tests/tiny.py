@@ -68,9 +68,14 @@ def slimfit_extra(slimfit):
     slimfit.pack4(torch.randn(5))
 
 
+def flextok_extra(flextok):
+    flextok.flow_time(torch.rand(3), "uniform")
+    flextok.StateCondition()(torch.randn(2, 3, 5))
+
+
 EXTRA = {
     "detailflow": detailflow_extra,
-    "flextok": lambda flextok: None,
+    "flextok": flextok_extra,
     "arflow": arflow_extra,
     "gpipe": lambda gpipe: None,
     "vitok": vitok_extra,

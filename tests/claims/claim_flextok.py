@@ -6,6 +6,7 @@ a regression decoder, a 2-D grid of tokens) change the draws or the encoder here
 
 import copy
 import dataclasses
+import functools
 import importlib.machinery
 import importlib.util
 import statistics
@@ -34,7 +35,7 @@ CACHE = {}                                           # trained models of this pr
 def config(scale, seed=0, **changes):
     """The demo's configuration at the scale's length, without a teacher."""
     steps = STEPS[scale]
-    fields = {**flextok.PRESETS["demo"], "steps": steps, "steps_ar": steps // 2, "seed": seed, "repa": 0.0, "guidance": 1.0,
+    fields = {**flextok.PRESETS["demo"], "steps": steps, "steps_ar": steps // 2, "seed": seed, "repa": 0.0, "cfg_scale": 1.0,
               "count": IMAGES[scale], **changes}
     return dataclasses.replace(flextok.Config(), **fields)
 
@@ -42,8 +43,8 @@ def config(scale, seed=0, **changes):
 class GridEncoder(flextok.Encoder):
     """The 2-D control: every patch is quantised where it is; R must be the number of patches."""
 
-    def forward(self, x, count=None):
-        h = self.embed(flextok.patchify(x, self.p)) + self.position
+    def forward(self, x):
+        h = self.embed(flextok.patchify(x, self.p)) + self.pos_embed
         for block in self.blocks:
             h = block(h, None)
         return self.head(self.norm(h))
@@ -58,25 +59,27 @@ def fit(cfg, kept=None, regress=False, grid=False):
     key = (repr(cfg), kept, regress, grid)
     if key in CACHE:
         return CACHE[key]
-    device, dataset, look = common.device_of(cfg), flextok.open_split(cfg, "train"), flextok.teacher(cfg)
-    torch.manual_seed(common.draws(cfg.seed, 0, "tokenizer weights").initial_seed())
-    model = flextok.Tokenizer(cfg, 64 if cfg.repa else 0)
+    device, dataset = common.device_of(cfg), flextok.open_split(cfg, "train")
+    teacher, S = flextok.open_teacher(cfg)
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "tokenizer weights").initial_seed())
+    model = flextok.Tokenizer(cfg, S)
     if grid:
         model.encoder = GridEncoder(cfg)
     model = model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    opt = flextok.optimizer(model, cfg)
     for step in range(cfg.steps):
-        x, _, u = flextok.draw(dataset, cfg, step, "tokenizer", device)
-        noise = torch.randn(x.shape, generator=common.draws(cfg.seed, step, "noise", device), device=device)
-        t, keep = flextok.flow_time(u[:, 1], cfg.time, cfg.shift), flextok.kept_tokens(u[:, 2], cfg.registers, cfg.nested)
-        keep = torch.full_like(keep, kept) if kept else keep
-        if regress:
-            t, noise = torch.ones_like(t), torch.zeros_like(noise)      # F20 then holds nothing of x but its tokens
-        flextok.set_rate(opt, step / cfg.steps, cfg.lr, cfg.warmup)
+        x, draws = flextok.draw(dataset, cfg, step, device)
+        # our own stream, as when the figures on record were made
+        generator = common.make_generator(cfg.seed, step, "noise", device)
+        draws["noise"] = torch.randn(x.shape, generator=generator, device=device)
+        if kept:
+            draws["num_tokens"] = torch.full_like(draws["num_tokens"], kept)
+        if regress:                                                     # F20 then holds nothing of x but its tokens
+            draws["time"], draws["noise"] = torch.ones_like(draws["time"]), torch.zeros_like(x)
+        common.set_learning_rate(opt, flextok.learning_rate(cfg, step))
         opt.zero_grad()
-        features = look(x) if cfg.repa else None
-        flextok.loss_tokenizer(model, (x, features), (t, noise, keep, u[:, 3] < cfg.null))[0].backward()
+        flextok.loss_tokenizer(model, x, draws, teacher)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         common.ema_update(ema, model, cfg.ema)
@@ -90,16 +93,16 @@ def fit_ar(cfg, tokenizer):
     if key in CACHE:
         return CACHE[key]
     device, dataset = common.device_of(cfg), flextok.open_split(cfg, "train")
-    torch.manual_seed(common.draws(cfg.seed, 0, "ar weights").initial_seed())
-    cond, model = flextok.conditions(cfg, dataset)
-    ema = copy.deepcopy(model.to(device)).requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    conditions, names, empty = flextok.open_conditions(cfg, dataset)
+    torch.manual_seed(common.make_generator(cfg.seed, 0, "ar weights").initial_seed())
+    model = flextok.GPT(cfg, names, empty).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    opt = flextok.optimizer(model, cfg, decay=0.05)
     for step in range(cfg.steps_ar):
-        x, index, u = flextok.draw(dataset, cfg, step, "ar", device)
-        ids = tokenizer.fsq(tokenizer.encoder(x))[1]
-        flextok.set_rate(opt, step / cfg.steps_ar, cfg.lr_ar, cfg.warmup)
+        (x, cond), draws = flextok.draw_ar(dataset, conditions, cfg, step, device)
+        common.set_learning_rate(opt, flextok.learning_rate(cfg, step, "ar"))
         opt.zero_grad()
-        flextok.loss_ar(model, (ids, torch.from_numpy(np.array(cond[index])).to(device)), u[:, 3] < cfg.ar_drop).backward()
+        flextok.loss_ar(model, (tokenizer.tokenize(x), cond), draws)[0].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         common.ema_update(ema, model, cfg.ema)
@@ -109,18 +112,19 @@ def fit_ar(cfg, tokenizer):
 
 def test_images(cfg, tokenizer):
     """Test images and their ids."""
-    return flextok.encoded(tokenizer, cfg, flextok.open_split(cfg, "test", cfg.count), cfg.count)
+    test = flextok.open_split(cfg, "test", cfg.count)
+    return flextok.plain_images(test, range(cfg.count)), flextok.encode_images(tokenizer, cfg, test, cfg.count)
 
 
 def lengths(cfg):
     """1, 2, 4, ..., R."""
-    return sorted({*(2 ** i for i in range(cfg.registers.bit_length())), cfg.registers})
+    return flextok.prefix_lengths(cfg.registers)
 
 
 def errors(tokenizer, cfg, x, ids, ks=None):
     """Mean squared error of the one-step estimate at every k."""
-    once = dataclasses.replace(cfg, euler=1, guidance=1.0)
-    return [(flextok.decoded(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks or lengths(cfg)]
+    once = dataclasses.replace(cfg, num_steps=1, cfg_scale=1.0)
+    return [(flextok.decode_tokens(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in ks or lengths(cfg)]
 
 
 def ruler(cfg):
@@ -148,9 +152,9 @@ def floor(cfg):
 
 def regressed(tokenizer, cfg, ids):
     """What a regression decoder gives: one call without noise."""
-    once = dataclasses.replace(cfg, euler=1, guidance=1.0)
+    once = dataclasses.replace(cfg, num_steps=1, cfg_scale=1.0)
     blank = torch.zeros(len(ids), 3, cfg.size, cfg.size)
-    return flextok.by_blocks(cfg, lambda n, i: flextok.sample(tokenizer, n, i, once), blank, ids)
+    return common.in_blocks(lambda n, i: flextok.sample(tokenizer, n, i, once), common.device_of(cfg), blank, ids)
 
 
 def roughness(x):
@@ -177,7 +181,7 @@ def any_length(scale):
             model = fit(cfg, kept)
             x, ids = test_images(cfg, model)
             mse[name].append(errors(model, cfg, x, ids))
-            fd[name].append([distance(cfg, flextok.decoded(model, cfg, ids[:, :k])) for k in lengths(cfg)])
+            fd[name].append([distance(cfg, flextok.decode_tokens(model, cfg, ids[:, :k])) for k in lengths(cfg)])
     cfg, ks = config(scale), lengths(config(scale))
     common.line_chart(ROOT / "assets/flextok_prefixes.svg", {name: (ks, np.mean(rs, 0).tolist()) for name, rs in mse.items()},
                       "what a prefix knows", "tokens k", "one-step MSE", logx=True)
@@ -195,7 +199,7 @@ def flow_or_regression(scale):
         for name in fd:
             model = fit(cfg, regress=name == "regression")
             x, ids = test_images(cfg, model)
-            draw = regressed if name == "regression" else flextok.decoded
+            draw = regressed if name == "regression" else flextok.decode_tokens
             drawn = [draw(model, cfg, ids[:, :k]) for k in lengths(cfg)]
             fd[name].append([distance(cfg, y) for y in drawn])
             rough[name].append([roughness(y) / roughness(x) for y in drawn])
@@ -208,10 +212,10 @@ def flow_or_regression(scale):
 def generated(cfg, tokenizer, gpt, ks, fill=None):
     """Toy FD and class accuracy of the same samples cut at every k; fill (P,): ids in the place of what was cut."""
     labels = torch.arange(cfg.count) % 10
-    u = torch.rand(cfg.count, cfg.registers, generator=common.draws(cfg.seed, 0, "tokens"))
-    ids = flextok.by_blocks(cfg, lambda c, n: flextok.generate(gpt, c, n, cfg), labels, u)
+    u = torch.rand(cfg.count, cfg.registers, generator=common.make_generator(cfg.seed, 0, "tokens"))
+    ids = common.in_blocks(lambda c, n: flextok.generate(gpt, c, n, cfg), common.device_of(cfg), labels, u)
     cut = [ids[:, :k] if fill is None else torch.cat([ids[:, :k], fill[k:].expand(len(ids), -1)], 1) for k in ks]
-    images = [flextok.decoded(tokenizer, cfg, part).clamp(-1, 1) for part in cut]
+    images = [flextok.decode_tokens(tokenizer, cfg, part).clamp(-1, 1) for part in cut]
     return [distance(cfg, x) for x in images], [common.accuracy(ruler(cfg), x, labels) for x in images]
 
 
@@ -249,12 +253,12 @@ def fixed_lengths(scale):
         model = fit(cfg)
         for K in (1, 4):
             x, ids = test_images(cfg, model)
-            results.setdefault(f"FlexTok at {K}", []).append(distance(cfg, flextok.decoded(model, cfg, ids[:, :K])))
+            results.setdefault(f"FlexTok at {K}", []).append(distance(cfg, flextok.decode_tokens(model, cfg, ids[:, :K])))
             only = config(scale, seed, registers=K)
             for name, regress in (("flow", False), ("regression", True)):
                 fixed = fit(only, K, regress)
                 x, ids = test_images(only, fixed)
-                y = regressed(fixed, only, ids) if regress else flextok.decoded(fixed, only, ids)
+                y = regressed(fixed, only, ids) if regress else flextok.decode_tokens(fixed, only, ids)
                 results.setdefault(f"{name}, made for {K}", []).append(distance(only, y))
     mean = {name: np.mean(rs) for name, rs in results.items()}
     good = all(mean[f"FlexTok at {K}"] < 1.2 * mean[f"flow, made for {K}"] and
@@ -286,14 +290,14 @@ def text(scale):
         index = data.SPLITS["test"] + np.arange(cfg.count)
         scene = data.scenes(index)
         truth = [torch.as_tensor(scene[key]).view(cfg.count, -1)[:, 0] for key in ("colour", "background", "shape")]
-        words = bytes(gpt.words).decode().split()
-        cond = torch.from_numpy(flextok.word_rows(data.captions(index), words, len(gpt.empty)))
-        u = torch.rand(cfg.count, cfg.registers, generator=common.draws(seed, 0, "tokens"))
+        cond = torch.from_numpy(flextok.encode_captions(data.captions(index), gpt.names, len(gpt.empty)))
+        u = torch.rand(cfg.count, cfg.registers, generator=common.make_generator(seed, 0, "tokens"))
         for s in (1.0, 3.0):
-            guided = dataclasses.replace(cfg, ar_guidance=s)
-            ids = flextok.by_blocks(cfg, lambda c, n, guided=guided: flextok.generate(gpt, c, n, guided), cond, u)
+            guided = dataclasses.replace(cfg, cfg_scale_ar=s)
+            draw = functools.partial(flextok.generate, gpt, cfg=guided)
+            ids = common.in_blocks(draw, common.device_of(cfg), cond, u)
             for k in lengths(cfg):
-                read = attributes(cfg, flextok.decoded(model, cfg, ids[:, :k]))
+                read = attributes(cfg, flextok.decode_tokens(model, cfg, ids[:, :k]))
                 right = torch.stack([a == b for a, b in zip(read, truth)]).double()
                 results.setdefault(f"CFG {s:g}, k = {k}", []).append([*right.mean(1).tolist(), right.prod(0).mean().item()])
     real = attributes(cfg, flextok.open_split(cfg, "test", cfg.count).pixels(np.arange(cfg.count)))
@@ -314,7 +318,7 @@ def complexity(scale):
         for name, count in (("one shape", 1), ("four shapes", 4)):
             index = data.SPLITS["test"] + np.arange(cfg.count)
             x = torch.from_numpy(data.shapes(index, cfg.size, (count, count))).float() / 127.5 - 1
-            ids = flextok.by_blocks(cfg, lambda b, model=model: model.fsq(model.encoder(b))[1], x)
+            ids = common.in_blocks(model.tokenize, common.device_of(cfg), x)
             results[name].append(errors(model, cfg, x, ids, range(1, cfg.registers + 1)))
     a, b = (np.mean(results[name], 0) for name in results)
     need = [int(np.argmax(e <= e[0] - 0.9 * (e[0] - e[-1]))) + 1 for e in (a, b)]
@@ -331,12 +335,12 @@ def order(scale):
         for name, kept in (("nested", None), ("always R", cfg.registers)):
             model = fit(cfg, kept)
             x, ids = test_images(cfg, model)
-            once = dataclasses.replace(cfg, euler=1)
-            plain, moved = flextok.decoded(model, once, ids), []
+            once = dataclasses.replace(cfg, num_steps=1)
+            plain, moved = flextok.decode_tokens(model, once, ids), []
             for i in range(cfg.registers):
                 other = ids.clone()
                 other[:, i] = ids[:, i].roll(1)
-                moved.append((flextok.decoded(model, once, other) - plain).square().mean().item())
+                moved.append((flextok.decode_tokens(model, once, other) - plain).square().mean().item())
             changes[name].append(moved)
             probes[name].append(probe(cfg, model))
     rank = {name: float(np.mean([spearman(m) for m in rs])) for name, rs in changes.items()}
@@ -356,7 +360,7 @@ def probe(cfg, model):
     parts = []
     for split, count in (("train", 2000), ("test", 1000)):
         found = flextok.open_split(cfg, split, count)
-        _, ids = flextok.encoded(model, cfg, found, count)
+        ids = flextok.encode_images(model, cfg, found, count)
         parts.append((model.fsq.values(ids), torch.from_numpy(found.labels)))
     (train, y), (test, z) = parts
     accuracy = []
@@ -389,7 +393,7 @@ def alignment(scale):
             cfg = config(scale, seed, repa=weight)
             model = fit(cfg)
             _, ids = test_images(cfg, model)
-            results[name].append([distance(cfg, flextok.decoded(model, cfg, ids[:, :k])) for k in lengths(cfg)])
+            results[name].append([distance(cfg, flextok.decode_tokens(model, cfg, ids[:, :k])) for k in lengths(cfg)])
     a, b = (np.mean(results[name], 0) for name in results)
     return {"claim": "C10: REPA trains faster", "paper": "rFID 23.28 to 5.98", "measured":
             f"FD at k = 1, 2, 4, 8: {curves(results)}", "verdict": judged(a[-1] < 0.8 * b[-1]), "numbers": results}
@@ -403,7 +407,7 @@ def one_or_two_dimensions(scale):
             cfg = config(scale, seed, registers=36)                  # one a patch
             model = fit(cfg, 36, grid=name == "2-D")
             _, ids = test_images(cfg, model)
-            results[name].append(distance(cfg, flextok.decoded(model, cfg, ids)))
+            results[name].append(distance(cfg, flextok.decode_tokens(model, cfg, ids)))
     one, two = (np.mean(rs) for rs in results.values())
     return {"claim": "C11: 1-D registers are no worse than a 2-D grid of as many tokens", "paper": "rFID 32.85 to 23.28",
             "measured": "FD " + ", ".join(f"{name} {spread(rs)}" for name, rs in results.items()),
@@ -429,16 +433,15 @@ def cache(scale):
     """256 tokens with the key-value cache and by full recomputation."""
     cfg = dataclasses.replace(flextok.Config(), levels="8,5,5,5", gpt=4, head=32, registers=256)
     torch.manual_seed(0)
-    model, cond, u = flextok.GPT(cfg, torch.tensor(-1), classes=10), torch.arange(4), torch.rand(4, 256)
+    model, cond, u = flextok.GPT(cfg, [*"0123456789"], torch.tensor(-1)), torch.arange(4), torch.rand(4, 256)
     start = time.perf_counter()
     ids = flextok.generate(model, cond, u, cfg)
     fast, start = time.perf_counter() - start, time.perf_counter()
     both, again = torch.cat([cond, model.empty.expand(4)]), torch.zeros(4, 0, dtype=torch.long)
     for i in range(256):
         logits, without = model(F.pad(again, (0, 1)).repeat(2, 1), both)[:, -1].chunk(2)
-        mass = flextok.filtered(without + cfg.ar_guidance * (logits - without), cfg).softmax(1).cumsum(1)
-        new = torch.searchsorted(mass, u[:, i:i + 1].double() * mass[:, -1:], right=True)
-        again = torch.cat([again, new], 1)
+        logits = common.filter_logits(without + cfg.cfg_scale_ar * (logits - without))
+        again = torch.cat([again, common.invert_distribution(logits, u[:, i])[:, None]], 1)
     slow = time.perf_counter() - start
     return {"claim": "the cache pays: 5x at 256 tokens", "paper": "no cache in the release", "measured":
             f"{slow / fast:.1f} times as fast ({fast:.2f} s against {slow:.2f} s), same ids: {(ids == again).double().mean():.3f}",
@@ -455,11 +458,12 @@ def gpu(scale):
     for block in (*model.encoder.blocks, *model.decoder.blocks):
         block.compile()
     x, noise = torch.randn(2, 128, 16, 32, 32, device="cuda")
-    draws = torch.rand(128, device="cuda"), noise, torch.full((128,), 256, device="cuda"), noise[:, 0, 0, 0] > 9
+    draws = {"time": torch.rand(128, device="cuda"), "noise": noise, "null": noise[:, 0, 0, 0] > 9,
+             "num_tokens": torch.full((128,), 256, device="cuda")}
 
     def step():
         with torch.autocast("cuda", torch.bfloat16):
-            value, _ = flextok.loss_tokenizer(model, (x, None), draws)
+            value, _ = flextok.loss_tokenizer(model, x, draws)
         value.backward()
 
     for _ in range(5):
@@ -546,7 +550,7 @@ def released(scale):
     square at every call. So from two images on SDPA there also computes what the mask then hides, a cost that the block masks
     of FlexAttention, which the release was written for, would spare. Batch 1 is free of it: both sides attend to as many pairs.
     """
-    kit, cfg = released_classes(), dataclasses.replace(flextok.Config(), euler=5, guidance=1.0)
+    kit, cfg = released_classes(), dataclasses.replace(flextok.Config(), num_steps=5, cfg_scale=1.0)
     if kit is None:
         return None
     torch.manual_seed(0)
@@ -563,7 +567,7 @@ def released(scale):
     def theirs(x, noise):
         ids = fsq(encoder({"latents": [*x.split(1)]}))["ids"]
         given = {"values": kit.packed_call(fsq.indices_to_embedding, ids), "noise": [*noise.split(1)]}
-        drawn = euler(given, timesteps=cfg.euler, vae_image_sizes=[x.shape[2:]] * len(x), verbose=False)
+        drawn = euler(given, timesteps=cfg.num_steps, vae_image_sizes=[x.shape[2:]] * len(x), verbose=False)
         return torch.cat(ids), torch.cat(drawn["velocity"])
 
     threads, numbers, parts = torch.get_num_threads(), {}, []
