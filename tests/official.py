@@ -280,7 +280,7 @@ def empty_models(method, cfg, state):
         if method == "flextok":
             return {"ema": module.Tokenizer(cfg)}
         if method == "slimfit":
-            return {"model": module.Encoder(cfg)}
+            return {"model": module.build_model(cfg)}
         models = {"tokenizer": module.Tokenizer(cfg, len(state["tokenizer"].get("align.4.bias", ())))}
         if "ema" in state:                                              # the last row is "no label"
             models["ema"] = module.AR(cfg, len(state["ema"]["label.weight"]) - 1)

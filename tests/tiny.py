@@ -64,7 +64,7 @@ def slimfit_extra(slimfit):
     cfg = slimfit.Config(words=30, positions=8, length=8, width=16, depth=1, heads=2, dropout=0.1)
     ids, keep = torch.randint(30, (2, 8)), torch.ones(2, 8)
     for target in ("class", "span"):
-        slimfit.Encoder(dataclasses.replace(cfg, target=target))(ids, ids % 2, keep)
+        slimfit.build_model(dataclasses.replace(cfg, target=target))(ids, ids % 2, keep)
     slimfit.pack4(torch.randn(5))
 
 

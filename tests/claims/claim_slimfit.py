@@ -1,7 +1,7 @@
 """SlimFit's claims: frozen share, accuracy, memory, load balance, static footprint, scheduling, gradients, time.
 
 Trainings use the demo's task (a small ViT pre-trained on one half of the drawn shapes, fine-tuned on the other), each
-arm with its own learning rate; byte figures are exact and come from the published runs' own settings. Real data: MiniLM
+variant with its own learning rate; byte figures are exact and come from the published runs' own settings. Real data: MiniLM
 on MRPC, --full alone. Nothing here is the paper's table: its tables could not be read.
 """
 
@@ -33,34 +33,33 @@ def demo(scale, seed=0, **changes):
 
 
 def task(cfg, split, half):
-    """slimfit.open_task, opened once."""
-    key = (cfg.data, cfg.image, cfg.length, split, half)
+    """(data set, positions of the samples of a half of its classes), opened once."""
+    key = (cfg.data, cfg.image, cfg.length, split)
     if key not in CACHE:
-        CACHE[key] = slimfit.open_task(cfg, split, half)
-    return CACHE[key]
+        CACHE[key] = slimfit.open_split(cfg, split)
+    return CACHE[key], slimfit.class_half(CACHE[key], half)
 
 
 def fit(cfg, steps, weights, half, seconds=None):
-    """slimfit.tune without a folder: the trained model and its scheduler."""
+    """slimfit.finetune without a folder: the trained model and its scheduler."""
     device = common.device_of(cfg)
-    fetch, rows, _ = task(cfg, "train", half)
-    torch.manual_seed(common.draws(cfg.seed, half, "weights").initial_seed())
-    model = slimfit.Encoder(cfg)
-    slimfit.load_weights(model, weights or model.state_dict(), "weights")
+    cfg = dataclasses.replace(cfg, steps=steps)
+    dataset, rows = task(cfg, "train", half)
+    torch.manual_seed(common.make_generator(cfg.seed, half, "weights").initial_seed())
+    model = slimfit.build_model(cfg)
+    if weights:
+        slimfit.load_weights(model, weights, "weights")
     model.to(device).train()
     scheduler, opt = slimfit.Scheduler(model, cfg), slimfit.optimizer(model, cfg)
-    epochs = range(-(-steps * cfg.batch // len(rows)))
-    order = [torch.randperm(len(rows), generator=common.draws(cfg.seed, epoch, "data")) for epoch in epochs]
-    order = rows[torch.cat(order)]
+    order = slimfit.epochs(cfg, rows, steps)
     for step in range(steps):
-        inputs, labels = fetch(order[step * cfg.batch:][:cfg.batch])
-        for group in opt.param_groups:
-            group["lr"] = cfg.lr * slimfit.lr_scale(cfg.schedule, step, steps)
+        batch = slimfit.draw(dataset, order, cfg, step, device)
+        common.set_learning_rate(opt, slimfit.learning_rate(cfg, step))
         start = time.process_time()
         scheduler.freeze(step)
         common.seed_dropout(cfg.seed, step)
         opt.zero_grad()
-        slimfit.loss(model, ([x.to(device) for x in inputs], labels.to(device))).backward()
+        slimfit.loss(model, batch).backward()
         opt.step()
         scheduler.measure()
         if seconds is not None:
@@ -86,10 +85,8 @@ def tuned(scale, seed, factor, full=False, **changes):
     key = repr(cfg)
     if key not in CACHE:
         model, scheduler = fit(cfg, cfg.steps, pretrained(scale, seed), 2)
-        fetch, rows, _ = task(cfg, "test", 2)
-        hits = [(model.eval()(*fetch(part)[0]).argmax(1) == fetch(part)[1]).sum().item()
-                for part in np.array_split(rows[:1000], 8)]
-        CACHE[key] = sum(hits) / 1000, scheduler
+        dataset, rows = task(cfg, "test", 2)
+        CACHE[key] = slimfit.metrics(slimfit.confusion(model, dataset, rows[:1000]))["accuracy"], scheduler
     return CACHE[key]
 
 
@@ -148,7 +145,7 @@ def updates(scheduler):
     total = torch.stack(scheduler.history).sum(0).tolist()
     kinds = {"attention": ("query", "key", "value", "out"), "MLP": ("mlp1", "mlp2"), "LayerNorm": ("norm",),
              "embeddings": ("cls", "position", "patch")}
-    return {kind: float(np.mean([n for name, n in zip(scheduler.params, total) if any(word in name for word in words)]))
+    return {kind: float(np.mean([n for name, n in zip(scheduler.tensors, total) if any(word in name for word in words)]))
             for kind, words in kinds.items()}
 
 
@@ -162,7 +159,7 @@ def published(preset):
     """Stock and SlimFit's mean memory account (100 random active sets) of a published run, and its configuration."""
     cfg = dataclasses.replace(slimfit.Config(), **slimfit.PRESETS[preset])
     with torch.device("meta"):
-        model = slimfit.Encoder(cfg)
+        model = slimfit.build_model(cfg)
     may, every = list(slimfit.eligible(model, cfg)), {name for name, _ in model.named_parameters()}
     k, g = slimfit.Scheduler(model, cfg).k, torch.Generator().manual_seed(0)
     sets = [{may[i] for i in torch.randperm(len(may), generator=g)[:k]} for _ in range(100)]
@@ -179,12 +176,29 @@ def fused(preset, stock):
     return stock["static"] + stock["dynamic"] + cfg.depth * (4 * N + 4 * rows - (9 if cfg.dropout else 4) * rows * T)
 
 
+def memory_bars(path, rows, unit="MB", size=1e6):
+    """Draw {run: memory account} as an SVG: a bar a run, a colour a kind, the total behind it."""
+    kinds = ("static", "dynamic", "gradients", "snapshot", "weights", "moments")
+    scale = 500 / max(row["total"] for row in rows.values())
+    parts = []
+    for i, (kind, color) in enumerate(zip(kinds, common.COLORS)):
+        parts.append(common.svg_text(160 + 84 * i, 20, kind, "start", f'fill="{color}" font-weight="bold"'))
+    for i, (run, row) in enumerate(rows.items()):
+        x, y = 160.0, 36 + 26 * i
+        parts.append(common.svg_text(x - 8, y + 14, run, "end"))
+        for kind, color in zip(kinds, common.COLORS):
+            parts.append(f'<path d="M{x:.1f} {y}h{scale * row[kind]:.1f}v19H{x:.1f}" fill="{color}"/>')
+            x += scale * row[kind]
+        parts.append(common.svg_text(x + 6, y + 14, f"{row['total'] / size:.1f} {unit}", "start"))
+    common.svg(path, 750, 44 + 26 * len(rows), parts)
+
+
 def memory(scale):
     """Activations and total memory of the published runs, by the formula that is exact to the byte."""
     accounts = {name: published(preset) for name, preset in RUNS.items()}
     bars = {f"{name}, {kind}": row for name, pair in accounts.items() if name in ("GLUE 80 %", "GLUE 95 %", "CIFAR-10", "CIFAR-100")
             for kind, row in zip(("stock", "SlimFit"), pair)}
-    slimfit.memory_bars(ROOT / "assets/slimfit_memory.svg", bars, "GB", 1e9)
+    memory_bars(ROOT / "assets/slimfit_memory.svg", bars, "GB", 1e9)
     ratio = {name: {"activations": (a["static"] + a["dynamic"]) / (b["static"] + b["dynamic"]),
                     "against fused attention": fused(RUNS[name], a) / (b["static"] + b["dynamic"]),
                     "total": a["total"] / b["total"], "without Adam": a["no moments"] / b["no moments"]}
@@ -213,7 +227,7 @@ def balance(scale):
     """Load balance: spread of the dynamic bytes over 100 draws of the active tensors, ViT-B at 90 %."""
     base = dataclasses.replace(slimfit.Config(), **slimfit.PRESETS["cifar10"])
     with torch.device("meta"):
-        model = slimfit.Encoder(base)
+        model = slimfit.build_model(base)
     every, numbers = list(slimfit.eligible(model, base)), {}
     dense = [name for name in every if any(part in name for part in ("out", "mlp1", "mlp2")) and "blocks" in name]
     for label, pool in (("o, MLP-1, MLP-2", dense), ("all tensors", every)):
@@ -233,7 +247,7 @@ def switches(scale):
     """Each compression off in turn at 90 % frozen: activation bytes of ViT-B, measured on one block of the demo too."""
     base = dataclasses.replace(slimfit.Config(), **slimfit.PRESETS["cifar10"])
     with torch.device("meta"):
-        model = slimfit.Encoder(base)
+        model = slimfit.build_model(base)
     never = {name for name, _ in model.named_parameters()} - set(slimfit.eligible(model, base))
     off = {"all on": {}, "q, k, v in fp32": dict(products=False), "softmax in fp32": dict(probabilities=False),
            "GELU input in fp32": dict(gelu=False), "LayerNorm not pruned": dict(keep=1.0)}
@@ -252,21 +266,21 @@ def switches(scale):
 def gradients(scale):
     """How far compressed gradients are from the stock model's: cosine and relative error over all shared tensors."""
     cfg = demo(scale)
-    inputs, labels = task(cfg, "train", 2)[0](np.arange(cfg.batch))
+    inputs, labels = slimfit.fetch(task(cfg, "train", 0)[0], cfg, np.arange(cfg.batch))
     found = {}
-    for name, arm in (("stock", slimfit.stock(cfg)), ("all active", cfg), ("all frozen", cfg)):
-        model = slimfit.Encoder(arm)
+    for name, variant in (("stock", slimfit.stock(cfg)), ("all active", cfg), ("all frozen", cfg)):
+        model = slimfit.build_model(variant)
         slimfit.load_weights(model, pretrained(scale, 0), "weights")
         torch.manual_seed(0)
         torch.nn.init.normal_(model.head.weight, std=0.02)
-        for p in slimfit.eligible(model, arm).values():
+        for p in slimfit.eligible(model, variant).values():
             p.requires_grad_(name != "all frozen")
         slimfit.loss(model, (inputs, labels)).backward()
         found[name] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     numbers = {}
     for name in ("all active", "all frozen"):
         shared = [key for key in found[name] if "key.bias" not in key]    # its exact gradient is 0
-        a, b = (torch.cat([found[arm][key].flatten() for key in shared]) for arm in (name, "stock"))
+        a, b = (torch.cat([found[variant][key].flatten() for key in shared]) for variant in (name, "stock"))
         worst = min(F.cosine_similarity(found[name][key].flatten(), found["stock"][key].flatten(), 0).item() for key in shared)
         numbers[name] = {"cosine": F.cosine_similarity(a, b, 0).item(), "worst tensor": worst,
                          "relative error": ((a - b).norm() / b.norm()).item()}
@@ -280,9 +294,9 @@ def step_time(scale):
     """CPU seconds (the machine is shared) a step of the demo's model against stock, and where the rest goes."""
     numbers, repeats = {}, {"quick": 30, "full": 100}[scale]
     for _ in range(3):                                         # interleaved: the machine is shared
-        for name, arm in (("stock", slimfit.stock(demo(scale))), *((f"{r:g}", demo(scale, rate=r)) for r in (0.75, 0.9))):
+        for name, variant in (("stock", slimfit.stock(demo(scale))), *((f"{r:g}", demo(scale, rate=r)) for r in (0.75, 0.9))):
             seconds = []
-            fit(arm, repeats, pretrained(scale, 0), 2, seconds)
+            fit(variant, repeats, pretrained(scale, 0), 2, seconds)
             numbers.setdefault(name, []).append(float(np.median(seconds[2:])))
     best = {name: float(np.median(values)) for name, values in numbers.items()}
     with torch.profiler.profile() as profile:
@@ -309,25 +323,25 @@ def mrpc(scale):
     if not (root / "weights").exists() or not (root / "glue").exists():
         return None
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    base = dataclasses.replace(slimfit.Config(), **slimfit.PRESETS["minilm"])
-    base = dataclasses.replace(base, data=f"glue:MRPC:{root / 'glue'}", steps=MRPC_STEPS,
+    base = dataclasses.replace(slimfit.Config(), words=30522, depth=6, width=384, length=64, dropout=0.1,
+                               attention_dropout=0.1, decay=0.01, lr=2e-4, data=f"glue:MRPC:{root / 'glue'}", steps=MRPC_STEPS,
                                weights=str(root / "weights/minilm_l6_h384_uncased_fp16.npz"))
-    weights, results, start = slimfit.read_weights(base.weights), {}, time.perf_counter()
-    arms = {"full": (slimfit.stock(base), (5e-5, 1e-4)), "ILS .75": (dataclasses.replace(base, rate=0.75), (1e-4, 2e-4)),
+    weights, results, start = slimfit.read_pretrained(base.weights), {}, time.perf_counter()
+    variants = {"full": (slimfit.stock(base), (5e-5, 1e-4)), "ILS .75": (dataclasses.replace(base, rate=0.75), (1e-4, 2e-4)),
             "ILS .90": (dataclasses.replace(base, rate=0.9), (1e-4, 2e-4)),
             "random .90": (dataclasses.replace(base, rate=0.9, policy="random"), (1e-4, 2e-4))}
 
-    def score(name, arm, lr, seed):
-        model, _ = fit(dataclasses.replace(arm, lr=lr, seed=seed), arm.steps, weights, 0)
-        found = slimfit.evaluate(model, arm)
+    def score(name, variant, lr, seed):
+        model, _ = fit(dataclasses.replace(variant, lr=lr, seed=seed), variant.steps, weights, 0)
+        found = slimfit.metrics(slimfit.confusion(model, *task(variant, "test", 0)))
         print(f"mrpc: {name}, lr {lr:g}, seed {seed}: accuracy {found['accuracy']:.3f}, F1 {found['f1']:.3f}, "
               f"{time.perf_counter() - start:.0f} s since the start", flush=True)
         return found
 
-    for name, (arm, lrs) in arms.items():
-        first = {lr: score(name, arm, lr, 0) for lr in lrs}
+    for name, (variant, lrs) in variants.items():
+        first = {lr: score(name, variant, lr, 0) for lr in lrs}
         best = max(lrs, key=lambda lr: first[lr]["accuracy"])
-        results[name] = {"lr": best, "seeds": [first[best], *(score(name, arm, best, seed) for seed in seeds(scale)[1:])]}
+        results[name] = {"lr": best, "seeds": [first[best], *(score(name, variant, best, seed) for seed in seeds(scale)[1:])]}
     figures = {name: {kind: [run[kind] for run in result["seeds"]] for kind in ("accuracy", "f1")}
                for name, result in results.items()}
     close = np.mean(figures["full"]["accuracy"]) - np.mean(figures["ILS .75"]["accuracy"]) <= 0.01
@@ -346,14 +360,14 @@ def gpu_peaks(scale):
     numbers = {}
     for preset, batch in (("cifar10", 128), ("mrpc", 32)):
         cfg = dataclasses.replace(slimfit.Config(), **{**slimfit.PRESETS[preset], "batch": batch})
-        for name, arm in (("stock", slimfit.stock(cfg)), ("SlimFit", cfg)):
+        for name, variant in (("stock", slimfit.stock(cfg)), ("SlimFit", cfg)):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            model = slimfit.Encoder(arm).cuda()
-            scheduler, opt = slimfit.Scheduler(model, arm), slimfit.optimizer(model, arm)
+            model = slimfit.build_model(variant).cuda()
+            scheduler, opt = slimfit.Scheduler(model, variant), slimfit.optimizer(model, variant)
             shape = (batch, 3, 224, 224) if preset == "cifar10" else (batch, 128)
             inputs = [torch.randn(shape).cuda()] if preset == "cifar10" else [
-                torch.randint(arm.words, shape).cuda(), torch.zeros(shape, dtype=torch.long).cuda(), torch.ones(shape).cuda()]
+                torch.randint(variant.words, shape).cuda(), torch.zeros(shape, dtype=torch.long).cuda(), torch.ones(shape).cuda()]
             batch_of = inputs, torch.zeros(batch, dtype=torch.long).cuda()
             for step in range(20):
                 if step == 5:
