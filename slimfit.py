@@ -149,7 +149,8 @@ def restore(stored, form, like):
 def pack4(x):
     """INT4 codes of x, two a byte, S2: a flat uint8 tensor of half as many elements, rounded up."""
     code = quantise(x, INT4).flatten()                                                  # (n)
-    code = F.pad(code, (0, code.numel() % 2))                 # to an even number       # (w)
+    if code.numel() % 2:
+        code = F.pad(code, (0, 1))                                                      # (w)
     first, second = code.add_(8).view(torch.uint8).chunk(2)                             # (m), (m)
     return 16 * first + second                                                          # (m)
 
@@ -159,9 +160,10 @@ def unpack4(byte, table, like):
 
     Row 0 of the table has, for every byte, the entry of its first code, and row 1 that of its second.
     """
+    index = byte.int()                                                                  # (m)
     both = like.new_empty(2, len(byte))                                                 # (2, m)
     for row, half in zip(table, both):
-        torch.index_select(row, 0, byte.int(), out=half)
+        torch.index_select(row, 0, index, out=half)
     return both.flatten()[:like.numel()].view(like.shape)
 
 
@@ -183,7 +185,7 @@ def largest(x, count):
     """
     flat = x.flatten()                                                                  # (n)
     if x.is_cuda:
-        index = flat.abs().topk(count, sorted=False).indices                            # (m)
+        index = flat.abs().topk(count, sorted=False).indices
     else:                                                     # numpy finds the same set 5 times faster
         order = np.argpartition(flat.abs().numpy(), -count)
         index = torch.from_numpy(order[len(flat) - count:])                             # (m)
@@ -713,6 +715,7 @@ def activation_rows(cfg, B, active):
     Rows (name, static or dynamic, bytes an element, elements). Counted while the loss is alive: each storage
     once, the blocks' inputs included; not parameters, pixels, ids and labels.
     """
+
     def lit(*names):
         """In how many blocks one of these tensors trains."""
         return sum(any(f"blocks.{i}.{name}" in active for name in names) for i in range(L))

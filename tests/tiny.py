@@ -7,6 +7,9 @@ EXTRA   a function of the module for what no command line reaches (the slow form
 
 import dataclasses
 
+import data
+
+import numpy as np
 import torch
 
 TINY = {
@@ -66,6 +69,8 @@ def slimfit_extra(slimfit):
     for target in ("class", "span"):
         slimfit.build_model(dataclasses.replace(cfg, target=target))(ids, ids % 2, keep)
     slimfit.pack4(torch.randn(5))
+    pictures = data.Data(np.zeros((3, 3, 16, 16), np.uint8), np.arange(3), None, None, "pictures")
+    slimfit.fetch(pictures, dataclasses.replace(cfg, family="vit", image=8, pixels="imagenet"), np.arange(2))
 
 
 def flextok_extra(flextok):
