@@ -257,14 +257,14 @@ class Gelu4(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, slopes):
-        ctx.slopes = slopes                                   # a constant, like a weight: no saved tensor
+    def forward(ctx, x, block):
+        ctx.block = block                                     # its table is a constant: no saved tensor
         ctx.save_for_backward(pack4(x))
         return F.gelu(x)                                                                # (B, T, m)
 
     @staticmethod
     def backward(ctx, g):
-        return unpack4(*ctx.saved_tensors, ctx.slopes, g).mul_(g), None
+        return unpack4(*ctx.saved_tensors, ctx.block.slopes, g).mul_(g), None
 
 
 class Scores(torch.autograd.Function):
@@ -367,7 +367,7 @@ class Block(nn.Module):
         """Two matrices with a GELU between them, (B, T, d) -> (B, T, d)."""
         cfg = self.cfg
         z = self.mlp1(x)                                                                # (B, T, 4*d)
-        z = Gelu4.apply(z, self.slopes) if cfg.gelu else F.gelu(z)                      # (B, T, 4*d)
+        z = Gelu4.apply(z, self) if cfg.gelu else F.gelu(z)                      # (B, T, 4*d)
         z = Dense8.apply(z, self.mlp2.weight, self.mlp2.bias) if cfg.mlp else self.mlp2(z)  # (B, T, d)
         z = dropout(z, cfg.dropout, self.training)                                      # (B, T, d)
         return z * self.scale2 if cfg.scaled else z                                     # (B, T, d)
