@@ -184,7 +184,7 @@ class Attention(nn.Module):
     A12  q, k, v <- rms_norm of each                  over the full width D, before the split into heads
     A13  g = logsigmoid(a) / 16                       at first exp(g) = 0.96, a memory of some 23 images
     A14  k <- k d^-1/2                                once, for the softmax and for the state
-    A20  y = W_out (rms_norm(O) SiLU(z))              the norm, in each head, bounds what S has added up
+    A20  o = W_out (rms_norm(O) SiLU(z))              the norm, in each head, bounds what S has added up
     """
 
     def __init__(self, D, H, query_decay):
@@ -210,8 +210,8 @@ class Attention(nn.Module):
             g = F.logsigmoid(a).transpose(2, 3) / 16                                            # (B, n, H, N)
             o, S = hybrid(q, k, v, g, S, self.query_decay)                     # (B, n, H, N, d), (B, H, d, d)
             o = rms_norm(o).transpose(2, 3).flatten(3)                                          # (B, n, N, D)
-            y = self.out(o * F.silu(self.output_gate(x)))                                       # (B, n, N, D)
-        return y, S                                                               # (B, n, N, D), (B, H, d, d)
+            o = self.out(o * F.silu(self.output_gate(x)))                                       # (B, n, N, D)
+        return o, S                                                               # (B, n, N, D), (B, H, d, d)
 
 
 class PlainAttention(nn.Module):
@@ -225,7 +225,7 @@ class PlainAttention(nn.Module):
 
     def forward(self, x, c, S):
         """As Attention.forward; c idles and S comes back unchanged."""
-        q, k, v = (split_heads(y, self.heads) for y in self.qkv(x).chunk(3, -1))        # each (B, n, H, N, d)
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))  # each (B, n, H, N, d)
         o = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)                  # (B, n, N, D)
         return self.out(o), S                                                     # (B, n, N, D), (B, H, d, d)
 
@@ -253,11 +253,11 @@ class Block(nn.Module):
         """x (B, n, N, D), c (B, n, D), S (B, H, d, d) -> new x and S."""
         six = self.modulation(F.silu(c))[:, :, None].chunk(6, -1)                          # each (B, n, 1, D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = six               # each (B, n, 1, D)
-        y = modulate(self.norm(x), shift_msa, scale_msa)                                        # (B, n, N, D)
-        y, S = self.attention(y, c, S)                                            # (B, n, N, D), (B, H, d, d)
-        x = x + gate_msa * y                                                                    # (B, n, N, D)
-        y = modulate(self.norm(x), shift_mlp, scale_mlp)                                        # (B, n, N, D)
-        x = x + gate_mlp * self.mlp(y)                                                          # (B, n, N, D)
+        o = modulate(self.norm(x), shift_msa, scale_msa)                                        # (B, n, N, D)
+        o, S = self.attention(o, c, S)                                            # (B, n, N, D), (B, H, d, d)
+        x = x + gate_msa * o                                                                    # (B, n, N, D)
+        o = modulate(self.norm(x), shift_mlp, scale_mlp)                                        # (B, n, N, D)
+        x = x + gate_mlp * self.mlp(o)                                                          # (B, n, N, D)
         return x, S                                                               # (B, n, N, D), (B, H, d, d)
 
 
@@ -535,7 +535,7 @@ def train(cfg):
         opt.step()
         common.ema_update(ema, model, cfg.ema)
         run.log(step, loss=value, **losses)
-        run.save(step)
+        run.save(step)                                                  # after a signal the process ends here
         if common.rank() == 0 and run.due(step, cfg.save) and step + 1 < run.total:
             preview(run, ema, cfg, dataset)                             # draws from its own generators
     missed = common.rank() == 0 and not finish(run, ema, cfg, dataset)
