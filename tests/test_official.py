@@ -287,7 +287,7 @@ def bert(head, pooler=True, D=8, K=2):
 def test_a_span_model_is_told_from_its_missing_pooler(head, pooler, target, tmp_path):
     report, cfg, state = converted("slimfit", bert(head, pooler), tmp_path)
     assert cfg["target"] == target and cfg["depth"] == 1 and report[1].startswith("left out 1 (bert.embeddings.position_ids)")
-    slimfit.Encoder(slimfit.Config(**cfg)).load_state_dict(state["model"])
+    slimfit.build_model(slimfit.Config(**cfg)).load_state_dict(state["model"])
 
 
 def test_a_pre_trained_encoder_without_head_is_told_where_to_go(tmp_path):
