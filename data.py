@@ -1136,40 +1136,66 @@ class WordPiece:
         return ids + [self.ids["[PAD]"]] * padding, types + [0] * padding, mask + [0] * padding
 
 
-def table(path, columns):
-    """The rows of a tab-separated file without quoting; row i is line i+1. DataError names a broken line."""
+def table(path, columns, skip=False):
+    """The rows of a tab-separated file without quoting; row i is line i+1. DataError names a broken line.
+
+    With `skip` a row that is cut short or has an empty cell becomes an empty list; how many is said.
+    """
     with reading(path), open(path, encoding="utf-8", errors="replace", newline="\n") as file:
         rows = [line.rstrip("\r\n").split("\t") for line in file]
     require(rows, f"{path}: is empty")
+    short = 0
     for number, row in enumerate(rows, 1):
+        if skip and (len(row) < columns or "" in row):
+            short += 1
+            row.clear()
+            continue
         fits = len(row) == columns and "\ufffd" not in "".join(row)
         require(fits, f"{path}: line {number}: {len(row)} columns where {columns} are wanted, in UTF-8")
+    if short:
+        say(f"{path}: left out: {short} rows that lack a column or a text")
     return rows
 
 
-GLUE = {  # columns of the file, those of the texts, that of the label; the label's values and names in order
-    "SST-2": (2, (0,), 1, ("0", "1"), ["negative", "positive"]),
-    "CoLA": (4, (3,), 1, ("0", "1"), ["unacceptable", "acceptable"]),
-    "MRPC": (5, (3, 4), 0, ("0", "1"), ["different", "equivalent"]),
-    "RTE": (4, (1, 2), 3, ("entailment", "not_entailment"), ["entailment", "not_entailment"]),
+# Of each task: the columns of the training file and of the other; those of the texts, that of the label; the
+# label's values and their names, in the order of the class numbers. All but CoLA have a header. STS-B, whose
+# label is a number between 0 and 5, is not among them.
+ENTAILED = ("entailment", "not_entailment")
+INFERENCE = ("entailment", "neutral", "contradiction")
+GLUE = {
+    "SST-2": ((2, 2), (0,), 1, ("0", "1"), ["negative", "positive"]),
+    "CoLA": ((4, 4), (3,), 1, ("0", "1"), ["unacceptable", "acceptable"]),
+    "MRPC": ((5, 5), (3, 4), 0, ("0", "1"), ["different", "equivalent"]),
+    "QQP": ((6, 6), (3, 4), 5, ("0", "1"), ["different", "duplicate"]),
+    "MNLI": ((12, 16), (8, 9), -1, INFERENCE, [*INFERENCE]),
+    "MNLI-mm": ((12, 16), (8, 9), -1, INFERENCE, [*INFERENCE]),
+    "QNLI": ((4, 4), (1, 2), 3, ENTAILED, [*ENTAILED]),
+    "RTE": ((4, 4), (1, 2), 3, ENTAILED, [*ENTAILED]),
+    "WNLI": ((4, 4), (1, 2), 3, ("0", "1"), ["not_entailment", "entailment"]),
 }
+FILES = {"MNLI": "MNLI/dev_matched.tsv", "MNLI-mm": "MNLI/dev_mismatched.tsv"}  # else TASK/dev.tsv
 
 
 def glue(task, path, split="train"):
-    """Texts (pairs of them: MRPC, RTE), labels int64 (M,) and the names of the classes.
+    """Texts (pairs of them where a task has two), labels int64 (M,) and the names of the classes.
 
     `path` holds TASK/train.tsv and TASK/dev.tsv as GLUE ships them (Wang et al. 2019); dev is the test split
-    here. DataError names a broken line.
+    here, of MNLI the matched one, of MNLI-mm the other. QQP has rows that are cut short or lack a text:
+    they are left out, with a count. DataError names a broken line.
     """
     require(task in GLUE, f"glue:{task}: give one of {', '.join(GLUE)}")
     columns, places, place, values, names = GLUE[task]
-    file = Path(path) / task / ("train.tsv" if split == "train" else "dev.tsv")
-    rows = [*enumerate(table(file, columns), 1)]
-    if task != "CoLA":  # CoLA alone has no header
-        rows = rows[1:]
+    if split == "train":
+        file = Path(path) / task.removesuffix("-mm") / "train.tsv"
+    else:
+        file = Path(path) / FILES.get(task, f"{task}/dev.tsv")
+    rows = table(file, columns[split != "train"], skip=task == "QQP")
+    first = 0 if task == "CoLA" else 1
     texts = []
     labels = []
-    for number, row in rows:
+    for number, row in enumerate(rows[first:], first + 1):
+        if not row:
+            continue
         parts = tuple(row[k] for k in places)
         fits = row[place] in values and all(part.strip() for part in parts)
         require(fits, f"{file}: line {number}: no text, or label {row[place]!r} not in {values}")

@@ -1288,6 +1288,11 @@ def write_glue(tmp_path, task, rows, name="dev.tsv"):
      [("a b", "c")], [1]),
     ("RTE", [["index", "sentence1", "sentence2", "label"], ["0", "p", "q", "not_entailment"],
              ["1", "r", "s", "entailment"]], [("p", "q"), ("r", "s")], [1, 0]),
+    ("QNLI", [["index", "question", "sentence", "label"], ["0", "Who \"?", "She.", "entailment"],
+              ["1", "r", "s", "not_entailment"]], [("Who \"?", "She."), ("r", "s")], [0, 1]),
+    ("WNLI", [["index", "sentence1", "sentence2", "label"], ["0", "p", "q", "1"]], [("p", "q")], [1]),
+    ("QQP", [["id", "qid1", "qid2", "question1", "question2", "is_duplicate"], ["0", "1", "2", "a?", "b?", "1"],
+             ["5", "6", "cut"], ["7", "8", "9", "c?", "d?", "0"]], [("a?", "b?"), ("c?", "d?")], [1, 0]),
 ])
 def test_glue(tmp_path, task, rows, texts, labels):
     write_glue(tmp_path, task, rows)
@@ -1297,8 +1302,34 @@ def test_glue(tmp_path, task, rows, texts, labels):
     assert len(data.glue(task, str(tmp_path))[0]) == len(texts) + 2
 
 
+def test_mnli_has_two_files_for_tests_of_other_columns(tmp_path):
+    def row(one, two, *labels):
+        return ["0", "1", "2", "fiction", "(p)", "(q)", "(P)", "(Q)", one, two, *labels]
+    head = row("sentence1", "sentence2", "label1", "gold_label")
+    wide = row("sentence1", "sentence2", *(f"label{k}" for k in range(1, 6)), "gold_label")
+    votes = ["neutral"] * 5
+    write_glue(tmp_path, "MNLI", [head, row("a", "b", "neutral", "contradiction"), row("c", "d", "neutral", "entailment")], "train.tsv")
+    write_glue(tmp_path, "MNLI", [wide, row("e", "f", *votes, "neutral")], "dev_matched.tsv")
+    write_glue(tmp_path, "MNLI", [wide, row("g", "h", *votes, "contradiction")], "dev_mismatched.tsv")
+    for task, text, label in (("MNLI", ("e", "f"), 1), ("MNLI-mm", ("g", "h"), 2)):
+        texts, labels, names = data.glue(task, tmp_path)
+        assert texts == [("a", "b"), ("c", "d")] and labels.tolist() == [2, 0]
+        assert names == ["entailment", "neutral", "contradiction"]
+        texts, labels, _ = data.glue(task, tmp_path, "test")
+        assert texts == [text] and labels.tolist() == [label]
+
+
+def test_rows_of_qqp_that_are_cut_short_are_counted(tmp_path, capsys):
+    good = ["0", "1", "2", "a?", "b?", "1"]
+    write_glue(tmp_path, "QQP", [good, good, good[:4], good, good[:3] + ["", "b?", "0"], good[:5] + ["2"]], "train.tsv")
+    refused("line 6: no text, or label '2'", data.glue, "QQP", tmp_path)
+    assert "QQP/train.tsv: left out: 2 rows that lack a column or a text" in capsys.readouterr().out
+    write_glue(tmp_path, "QQP", [good, good + ["more"]], "dev.tsv")
+    refused("line 2: 7 columns where 6", data.glue, "QQP", tmp_path, "test")
+
+
 def test_broken_glue(tmp_path):
-    refused("give one of SST-2, CoLA, MRPC, RTE", data.glue, "QQP", tmp_path)
+    refused("give one of SST-2, CoLA, MRPC, QQP, ", data.glue, "STS-B", tmp_path)
     refused("train.tsv: No such file", data.glue, "RTE", tmp_path)
     head, good = ["index", "sentence1", "sentence2", "label"], ["0", "p", "q", "entailment"]
     for bad, line in (
