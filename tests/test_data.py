@@ -577,6 +577,18 @@ def test_latents(latents, names, shape):
         assert torch.allclose(z[b], 0.5 * want, rtol=1e-6, atol=1e-6)
 
 
+def test_arrays_in_columns_are_mapped_as_they_lie(tmp_path):
+    """numpy writes a transposed array column by column, and says so in its head; an odd name moves the data."""
+    latents = np.arange(6 * 2 * 3 * 5, dtype=np.float32).reshape(5, 3, 2, 6).T
+    np.savez(tmp_path / "z.npz", **{"latents": latents, "labels": np.arange(6), "ä" * 7: np.zeros(3)})
+    found = data.open_data(f"latents:{tmp_path / 'z.npz'}")
+    assert (found.mean == latents).all() and not found.mean.flags.c_contiguous
+    bad = latents.copy("K")
+    bad[5, 1, 0, 2] = np.nan
+    np.savez(tmp_path / "z.npz", latents=bad, labels=np.arange(6))
+    refused("latents[5, 1, 0, 2] is nan", data.open_data, f"latents:{tmp_path / 'z.npz'}")
+
+
 def test_latents_clamp_and_defaults(latents):
     _, found = latents(("logvar",), dtype=np.float32)
     assert found.scale == 1
