@@ -257,6 +257,7 @@ def draw(scene, size, frame=0):
             if len(rows) == 0:
                 continue
             x, y, r_j, cos, sin = geometry[:, rows, j, None, None]                      # each (m, 1, 1)
+            # from pixels into the object's own frame: about its centre, in its radius, y up, turned back
             right = (pixel - x) / r_j
             up = (y - pixel[:, None]) / r_j
             distance = DISTANCE[name](cos * right + sin * up, cos * up - sin * right)   # (m, H, W)
@@ -790,7 +791,8 @@ def pack_images(pack, own, path, frames):
     wanted, ndim = ("clips", 5) if frames > 1 else ("pictures", 4)
     fits = images.dtype == np.uint8 and images.ndim == ndim and images.shape[-1] in (1, 3)
     require(fits, f"{about}: {wanted} in uint8 with 1 or 3 channels, last, are wanted")
-    return np.moveaxis(np.broadcast_to(images, (*images.shape[:-1], 3)), -1, -3)
+    in_colour = np.broadcast_to(images, (*images.shape[:-1], 3))  # grey three times, without a copy
+    return np.moveaxis(in_colour, -1, -3)
 
 
 def pack_labels(pack, own, count, path):
