@@ -893,6 +893,13 @@ def test_a_folder_is_packed_once_and_again_when_it_changed(folder, cache, monkey
     assert after != before                                              # the old one is gone
     data.open_data(f"folder:{folder}", size=8)
     assert len(calls) == 3 and len(list(cache.iterdir())) == 2          # another size is another pack
+    for _ in range(2):
+        data.open_data(f"folder:{folder}", "test", size=4)              # and another split
+        data.open_data(f"folder:{folder}", size=4)
+    assert len(calls) == 4 and len(list(cache.iterdir())) == 3
+    monkeypatch.setattr(data, "rgb", fake_decoded)                      # and another way to decode
+    data.open_data(f"folder:{folder}", size=4)
+    assert len(calls) == 5
 
 
 def test_a_pack_that_was_interrupted_is_not_there(folder, cache, monkeypatch):
@@ -955,6 +962,7 @@ def test_splits_of_a_folder_share_the_classes_of_train(tmp_path, fakes, capsys):
     put(root, "testing/zebra/1.png")
     refused("class zebra is in the test split, but none of train's", data.open_data, f"folder:{root}", "test", 4)
     imagenet = put(tmp_path / "imagenet", "train/a/1.png", "train/b/1.png", "val/b/1.png", "test/1.png", "test/2.png")
+    assert capsys.readouterr().out == ""                                # so far nothing was left out
     assert numbers(imagenet, "test") == (["a", "b"], [(2, 1)])
     assert "2 in other folders" in capsys.readouterr().out
     alone = put(tmp_path / "alone", *(f"train/{'ab'[k // 10]}/{k:02}.png" for k in range(20)))
@@ -1045,6 +1053,7 @@ def test_deep_pictures_are_scaled_not_clipped():
                           (value, False), (value * 257, False), (value * 257.0, False)):
         assert (data.eight_bits(deep, sixteen, "x") == value).all()
     assert data.eight_bits(np.array([[0, 128, 129, 255]]), True, "x").tolist() == [[0, 0, 1, 1]]   # dark, not stretched
+    assert data.eight_bits(np.array([[0, 1]]), False, "x").tolist() == [[0, 1]]         # integers are no shares
     bad = value / 255
     bad[3, 5] = bad[7, 7] = np.nan
     refused("x: pixel [3, 5] is nan", data.eight_bits, bad, False, "x")
