@@ -1256,6 +1256,9 @@ def test_a_tokenizer_json_is_a_vocabulary_too(tmp_path):
         assert data.WordPiece(path).encode("The the")[0] == [2, 5 if cased else 6, 6, 3]
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     assert data.WordPiece(path).encode("The the")[0] == [2, 5, 6, 3]
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 512}')       # it does not say
+    path.write_text(json.dumps({"model": {"type": "WordPiece", "vocab": vocab}, "normalizer": {"lowercase": False}}), encoding="utf-8")
+    assert data.WordPiece(path).encode("The the")[0] == [2, 5, 6, 3]
     path.write_text('{"model": {}}')
     refused("tokenizer.json: cannot be read", data.WordPiece, path)
     path.write_text('{"model": {"type": "BPE", "vocab": {}}}')
