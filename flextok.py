@@ -1,9 +1,8 @@
 """FlexTok: Resampling Images into 1D Token Sequences of Flexible Length (arXiv 2502.13967)
 
-An image becomes an ordered sequence of R tokens, every prefix of which is a picture. Nested dropout makes the
-order: the decoder sees the first k tokens, k random, so the first must say most. A flow decoder makes the
-picture: it invents what the tokens leave open instead of averaging over it. A GPT writes tokens, all R or as
-few as a task needs: a class is said sooner than a sentence.
+An image becomes R ordered tokens, and every prefix of them is a picture. Nested dropout makes the order: the
+decoder sees the first k tokens, k random, so the first must say most. A flow decoder makes the picture: it
+invents what the tokens leave open instead of averaging over it. A GPT writes as many tokens as a task needs.
 
     [patches | registers] -> encoder -> FSQ -> id 1 ... id R     register i sees patches and registers 1 to i
     [noised patches | id 1 ... id k, mask ... mask] -> decoder -> velocity of the patches
@@ -38,9 +37,6 @@ from typing import ClassVar, Literal
 import common  # before torch: it says how torch's threads wait
 import data
 
-import common
-import data
-
 import numpy as np
 import torch
 import torch.nn as nn
@@ -48,11 +44,9 @@ import torch.nn.functional as F
 
 # --- Configuration -----------------------------------------------------------
 
-
 @dataclasses.dataclass
 class Config:
     """Defaults are the paper's, where it or the published configuration tells; "paper unknown": a guess."""
-
     preset: str = "demo"                    # where the values below start from; PRESETS stand under Training
     data: str = "shapes"                    # shapes, cifar10, npz:PATH, folder:PATH or latents:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
@@ -224,6 +218,7 @@ class DecoderBlock(Block):
 
     def forward(self, h, tau, P):
         """h (B, N, D), of which the first P positions are patches; tau (B, D)."""
+        # Each vector is written out to the positions that it is for.
         vectors = self.modulation(F.silu(tau)).unflatten(1, (2, 6, 1, -1))                 # (B, 2, 6, 1, D)
         patches = vectors[:, 0].expand(-1, -1, P, -1)                                         # (B, 6, P, D)
         registers = vectors[:, 1].expand(-1, -1, h.shape[1] - P, -1)                          # (B, 6, R, D)
@@ -288,12 +283,14 @@ class FSQ(nn.Module):
 
     def forward(self, z):
         """z (B, R, F) to values and ids."""
-        z = z.to(torch.promote_types(z.dtype, torch.float32))       # in bf16 ids would change   # (B, R, F)
+        # In bf16 ids would change.
+        z = z.to(torch.promote_types(z.dtype, torch.float32))                                    # (B, R, F)
         half = (self.levels - 1) * (1 + 1e-3) / 2                                                      # (F)
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)                                           # (F)
         b = half * torch.tanh(z + torch.atanh(offset / half)) - offset                           # (B, R, F)
         digits = b.detach().round().long() + self.levels // 2                                    # (B, R, F)
-        rounded = b + (b.round() - b).detach()                      # straight through           # (B, R, F)
+        # Straight through: the value of round(b), the gradient of b.
+        rounded = b + (b.round() - b).detach()                                                   # (B, R, F)
         return rounded / (self.levels // 2), (digits * self.basis).sum(-1)               # (B, R, F), (B, R)
 
     def values(self, ids):
@@ -323,12 +320,13 @@ class Encoder(nn.Module):
     F9  z = W_z norm(h of the registers) + b_z; W_z and b_z start at zero
 
     By F5 the first k tokens do not depend on how many are asked for. By F9 all images have the same ids at
-    first: the decoder wakes up alone, then W_z, then the blocks before it, within some five steps.
+    first, and no gradient passes: the decoder learns alone, then W_z, then the blocks, in some five steps.
     """
 
     def __init__(self, cfg):
         super().__init__()
-        n, D = cfg.size // cfg.patch, cfg.encoder * cfg.head
+        n = cfg.size // cfg.patch
+        D = cfg.encoder * cfg.head
         self.p = cfg.patch
         self.embed = nn.Linear(cfg.patch ** 2 * cfg.channels, D)
         self.registers = nn.Parameter(torch.empty(cfg.registers, D))
@@ -337,7 +335,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(D, len(parse_levels(cfg.levels)))
         self.register_buffer("pos_embed", sincos_pos_embed(n, D), persistent=False)
         place = torch.arange(n * n + cfg.registers)
-        mask = (place < n * n) | (place <= place[:, None])          # a row says whom its position sees
+        mask = (place < n * n) | (place <= place[:, None])          # mask[i, j]: i sees j
         self.register_buffer("mask", mask, persistent=False)
         initialise(self, cfg.std)
         nn.init.zeros_(self.head.weight)
@@ -402,7 +400,8 @@ class Decoder(nn.Module):
         """Of x (B, C, h, w), t (B,) and tokens the velocity, and the patches behind block `repa_layer`."""
         tau = self.time(timestep_embedding(t, self.T))                                              # (B, D)
         patches = self.embed(patchify(x, self.p)) + self.pos_embed                               # (B, P, D)
-        P, early = patches.shape[1], None
+        P = patches.shape[1]
+        early = None
         h = torch.cat([patches, self.tokens(values, num_tokens, null)], 1)                     # (B, P+R, D)
         for i, block in enumerate(self.blocks):
             h = block(h, tau, P)                                                               # (B, P+R, D)
@@ -423,9 +422,11 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(cfg)
         self.fsq = FSQ(parse_levels(cfg.levels))
         self.decoder = Decoder(cfg)
-        # official code differs: its head of this form ends in a zero layer, where a cosine has no gradient.
-        first = [nn.LayerNorm(D, **NORM), nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, 4 * D), nn.SiLU()]
-        self.align = nn.Sequential(*first, nn.Linear(4 * D, S)) if S else nn.Identity()
+        self.align = nn.Identity()
+        if S:
+            # official code differs: its head of this form starts at zero, where a cosine has no gradient.
+            self.align = nn.Sequential(nn.LayerNorm(D, **NORM), nn.Linear(D, 4 * D), nn.SiLU(),
+                                       nn.Linear(4 * D, 4 * D), nn.SiLU(), nn.Linear(4 * D, S))
         initialise(self.align)
 
     def tokenize(self, x):
@@ -438,14 +439,14 @@ class Tokenizer(nn.Module):
 
 
 class ClassCondition(nn.Module):
-    """Labels (B,) of K classes to vectors (B, D); label -1 is none."""
+    """Labels (B,) of K classes to vectors (B, D); -1, which is no class and has no row in the table, to 0."""
 
     def __init__(self, K, D):
         super().__init__()
         self.table = nn.Embedding(K, D)
 
     def forward(self, labels):
-        vectors = self.table(labels.clamp(min=0))                   # -1 has no row, and gets 0     # (B, D)
+        vectors = self.table(labels.clamp(min=0))                                                   # (B, D)
         return torch.where(labels[:, None] >= 0, vectors, 0.0)                                      # (B, D)
 
 
@@ -528,7 +529,7 @@ class GPT(nn.Module):
         return self.decode_step(h, 0, texts, [None] * len(texts))                                # (B, N, V)
 
     def decode_step(self, h, i, texts, kv_cache):
-        """Logits behind inputs h (B, N, D) at position i and on; kv_cache, a list, takes them in."""
+        """Logits behind inputs h (B, N, D) at position i and on; kv_cache, an entry a block, grows."""
         h = h + self.position[i:i + h.shape[1]]                                                  # (B, N, D)
         for j, block in enumerate(self.blocks):
             h, kv_cache[j] = block(h, texts[j], kv_cache[j])
@@ -551,34 +552,35 @@ def nested_lengths(u, R, law):
     """
     if law == "uniform":
         return 1 + (u * R).long()                                                                      # (B)
-    powers = R.bit_length()                                         # log2(R) + 1
+    powers = R.bit_length()                                         # log2(R) + 1 of them
     return 2 ** (u * powers).long()                                                                    # (B)
 
 
 def flow_time(u, law, shift=1.0):
-    """Uniform draws u (B,) to flow times t (F21).
+    """Uniform draws u (B,) to flow times t (F21); ndtri makes uniform draws normal.
 
     our choice for short runs: SD3's shift towards noise, where the loss asks what the tokens say.
     """
     if law == "mode":
         t = 1 - u - 0.25 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)                                   # (B)
     elif law == "logit-normal":
-        t = torch.special.ndtri(u).sigmoid()                        # ndtri: uniform to normal         # (B)
+        t = torch.special.ndtri(u).sigmoid()                                                           # (B)
     else:
         t = 1 - u                                                                                      # (B)
     return shift * t / (1 + (shift - 1) * t)                                                           # (B)
 
 
 def loss_tokenizer(model, x, draws, teacher=None):
-    """The loss (F24) of images x (B, C, h, w) and its parts; teacher(x): features (B, S, g, g).
+    """The loss (F20 to F24) of images x (B, C, h, w) and its parts; teacher(x): features (B, S, g, g).
 
     draws: "time" (B,), "noise" like x, "num_tokens" (B,), "null" (B,) bool: images decoded without tokens.
     """
-    t, noise = draws["time"], draws["noise"]
+    t = draws["time"]
+    noise = draws["noise"]
     values, _ = model.fsq(model.encoder(x))
-    noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))              # F20                     # (B, C, h, w)
+    noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))                                        # (B, C, h, w)
     v, patches = model.decoder(noised, t, values, draws["num_tokens"], draws["null"])
-    flow = (v.to(x.dtype) - (noise - x)).square().mean()            # F22
+    flow = (v.to(x.dtype) - (noise - x)).square().mean()
     if teacher is None:
         return flow, {"flow": flow}
     # our choice: features are resized to the grid of patches, not both to one of 37 x 37.
@@ -644,16 +646,17 @@ def sample(model, noise, ids, cfg):
     R = len(model.decoder.token_position)
     values = model.fsq.values(F.pad(ids, (0, R - k))).to(noise.dtype)                            # (B, R, F)
     num_tokens = torch.full((B,), k, device=ids.device)                                                # (B)
-    no_null = torch.zeros(B, dtype=torch.bool, device=ids.device)                                      # (B)
+    null = torch.zeros(B, dtype=torch.bool, device=ids.device)                                         # (B)
     # our choice: the threshold stays in proportion to the noise. The paper's 2.5 stands beside latents of
     # 16 x 32 x 32 numbers, whose noise is 128 long.
     threshold = 2.5 * noise[0].numel() ** 0.5 / 128
-    x, diff = noise, torch.zeros_like(noise)
+    x = noise
+    diff = torch.zeros_like(noise)
     for i in range(cfg.num_steps, 0, -1):
         t = noise.new_full((B,), i / cfg.num_steps)                                                    # (B)
         scale = guidance_scale(cfg, i / cfg.num_steps)
         if scale == 1:
-            v, _ = model.decoder(x, t, values, num_tokens, no_null)
+            v, _ = model.decoder(x, t, values, num_tokens, null)
         else:
             v, v_null = velocities(model.decoder, x, t, values, num_tokens)
             if cfg.apg:
@@ -671,7 +674,8 @@ def generate(model, cond, u, cfg):
     if guided:
         cond = torch.cat([cond, model.empty.expand_as(cond)])
     h, texts = model.encode_condition(cond)
-    kv_cache, ids = [None] * len(texts), []
+    kv_cache = [None] * len(texts)
+    ids = []
     for i in range(u.shape[1]):
         logits = model.decode_step(h, i, texts, kv_cache)[:, 0]
         if guided:
@@ -739,7 +743,8 @@ def draw(dataset, cfg, step, device):
 
 def random_crops(x, factor, u_row, u_column):
     """Images enlarged by a factor, then cut to their old size, each at its own place."""
-    n, side = x.shape[-1], round(factor * x.shape[-1])
+    n = x.shape[-1]
+    side = round(factor * n)
     x = F.interpolate(x, (side, side), mode="bilinear")
     rows = (u_row * (side - n + 1)).long().tolist()
     columns = (u_column * (side - n + 1)).long().tolist()
@@ -781,10 +786,12 @@ def open_teacher(cfg):
         teacher = common.load_teacher(cfg.teacher, cfg.channels, cfg.size)
     elif (cfg.steps_tokenizer or cfg.steps) < SHORT_RUN:
         torch.manual_seed(0)
-        teacher = common.Judge(cfg.channels, 32, 1).requires_grad_(False).to(device).spatial
+        judge = common.Judge(cfg.channels, width=32, classes=1)
+        teacher = judge.requires_grad_(False).to(device).spatial
     else:
         teacher = common.judge(open_split(cfg, "judge"), "teacher").to(device).spatial
-    return teacher, teacher(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device)).shape[1]
+    features = teacher(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device))
+    return teacher, features.shape[1]
 
 
 def open_conditions(cfg, dataset):
@@ -805,7 +812,8 @@ def open_conditions(cfg, dataset):
 
 def encode_captions(captions, words, L):
     """Captions as word ids (M, L): 1 for the start, the words, zeros. UserError where one cannot be read."""
-    vocabulary, rows = data.Vocabulary(words), np.zeros((len(captions), L), np.int64)
+    vocabulary = data.Vocabulary(words)
+    rows = np.zeros((len(captions), L), np.int64)
     for row, caption in zip(rows, captions):
         ids = [1, *vocabulary.encode(caption)]
         common.require(3 not in ids, f"unknown words in {caption!r}; known are: {' '.join(words)}")
@@ -1029,7 +1037,8 @@ def show_tokens(tokenizer, cfg, where):
     ids = encode_images(tokenizer, cfg, test, cfg.count)
     names = [test.classes[label] for label in test.labels[:10]]
     show_prefixes(where / "prefixes.png", tokenizer, cfg, ids[:10], names, ("image", lambda last: x[:10]))
-    n, columns = min(6, len(x)), []
+    n = min(6, len(x))
+    columns = []
     for j in range(n):
         swapped = torch.cat([ids[j, :1].expand(n, 1), ids[:n, 1:]], 1)
         columns.append(torch.cat([x[j:j + 1], decode_tokens(tokenizer, cfg, swapped)]))
@@ -1059,8 +1068,8 @@ def show_samples(tokenizer, gpt, cfg, where):
     """generation.png: a row a class or caption, a column a prefix length; the nearest training image."""
     conditions, names = chosen_conditions(gpt, cfg, min(cfg.count, 10))
     u = torch.rand(len(names), num_kept(cfg), generator=common.make_generator(cfg.seed, 0, "tokens"))
-    conditions, device = torch.tensor(conditions), common.device_of(cfg)
-    ids = common.in_blocks(lambda cond, u: generate(gpt, cond, u, cfg), device, conditions, u)
+    draw_ids = functools.partial(generate, gpt, cfg=cfg)
+    ids = common.in_blocks(draw_ids, common.device_of(cfg), torch.tensor(conditions), u)
     extra = []
     if not cfg.sample and not cfg.data.startswith("latents"):
         extra = [("train", lambda last: common.nearest(last, open_split(cfg, "train")))]

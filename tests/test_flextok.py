@@ -873,6 +873,54 @@ def test_what_the_data_lacks_is_said_before_training(trained, tmp_path, monkeypa
     assert not (tmp_path / "runs/flextok").exists()
 
 
+def test_a_folder_of_nine_pictures_has_no_test_split(tmp_path, monkeypatch, capsys):
+    Image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    Path("pictures/red").mkdir(parents=True)
+    for i in range(9):
+        Image.new("RGB", (8, 8), (28 * i, 0, 0)).save(f"pictures/red/{i}.png")
+    assert "split test: 0 images of 9" in refused(run, [*TINY, "--data", "folder:pictures"], capsys)
+    assert not (tmp_path / "runs/flextok").exists()
+
+
+def test_steps_given_count_for_both_stages():
+    def steps(*words):
+        cfg = common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, [*words])
+        return cfg.steps_tokenizer, cfg.steps_ar
+    assert steps() == (4500, 2000) and steps("--steps", "4500") == (4500, 4500) and steps("--steps", "7", "--steps_ar", "3") == (7, 3)
+
+
+def test_a_tokenizer_that_trains_on_starts_stage_ar_anew(tmp_path, monkeypatch, capsys):
+    """Whatever the order of --resume, ar.pt holds the tokenizer whose tokens its GPT has learnt."""
+    monkeypatch.chdir(tmp_path)
+    run(*TINY, "--repa", "0", "--name", "on")
+    run("--resume", "--name", "on", "--steps", "4")
+    assert "starting anew" in capsys.readouterr().out
+    folder = tmp_path / "runs/flextok/on"
+    tokenizer, ar = (torch.load(folder / f"{stage}.pt", weights_only=True) for stage in ("tokenizer", "ar"))
+    assert tokenizer["step"] == ar["step"] == 4
+    assert all(torch.equal(value, tokenizer["state"]["ema"][name]) for name, value in ar["state"]["tokenizer"].items())
+    before = (folder / "ar.pt").read_bytes()
+    run("--resume", "--name", "on")
+    assert (folder / "ar.pt").read_bytes() == before
+
+
+def test_samples_carry_class_names_and_go_where_out_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images_file("two.npz", class_names=["oak", "elm"])
+    run(*TINY, "--data", "npz:two.npz", "--repa", "0", "--name", "trees")
+    rows, columns_png = [], common.columns_png
+    monkeypatch.setattr(common, "columns_png", lambda path, columns, heads, names, side: rows.append((path, names)))
+    checkpoint = "runs/flextok/trees/ar.pt"
+    run("--sample", checkpoint, "--classes", "1,0", "--count", "3")
+    assert rows == [(Path("runs/flextok/trees/samples/generation.png"), ["elm", "oak", "elm"])]
+    monkeypatch.setattr(common, "columns_png", columns_png)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+    run("--sample", checkpoint, "--out", "elsewhere")
+    assert Path("elsewhere/generation.png").exists()
+    assert before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
+
+
 @pytest.mark.parametrize("preset", flextok.PRESETS)
 def test_every_preset_runs_from_its_first_step_to_its_last_picture(preset, trained, tmp_path, monkeypatch):
     """Narrow, short and on small files, but with the stages, conditions, teachers and laws that the preset asks for."""
