@@ -6,6 +6,7 @@ draw, in one process or several, without changing what it learns.
 Read in this order: make_generator and shard; Run.steps, log and save; the rest when a method file calls it.
 """
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -584,7 +585,8 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as error:                    # torch.save turns a full disk into the latter
         raise UserError(f"{path}: cannot save ({error}); the file before it is untouched", code=1) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, thing):

@@ -584,6 +584,12 @@ def test_a_disk_that_fills_in_mid_write(tmp_path):
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["x.pt"]
 
 
+def test_a_file_where_a_folder_is_wanted_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(common.UserError, match="cannot save"):
+        common.write_atomic(tmp_path / "file" / "x.pt", lambda file: file.write(b"new"))
+
+
 def test_kill_in_mid_save(tmp_path):
     """SIGKILL when half is written: the old file is whole."""
     code = ("import common, os, signal\n"
