@@ -1346,8 +1346,9 @@ def line_chart(path, series, title="", xlabel="", ylabel="", logx=False, logy=Fa
 # --- Judges and read-outs ------------------------------------------------------
 #
 # Two small classifiers stand in for Inception and LPIPS where there is no download: the teacher gives
-# features to losses, the ruler measures. They are trained on disjoint halves of the training split, so no model
-# can learn to please its judge. Their Frechet distances are toy figures, comparable with one another alone.
+# features to losses, the ruler measures. They are trained on disjoint halves of the training split, so that
+# no model can learn to please its judge. Their Frechet distances are toy figures, to be compared with one
+# another alone.
 
 
 class Judge(nn.Module):
