@@ -127,7 +127,7 @@ class ThreadLocal(threading.local):
 
     generator = None                        # to draw random numbers from; None: torch's own
     recompute = False                       # the layer has run before on this input
-    place = "BatchNorm"                     # its stage and number, for messages
+    layer = "BatchNorm"                     # its name, for messages
 
 
 thread_local = ThreadLocal()
@@ -157,7 +157,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x):
         count = x.numel() // x.shape[1]
-        common.require(count > 1 or not self.training, f"{thread_local.place}: a micro-batch has one value a "
+        common.require(count > 1 or not self.training, f"{thread_local.layer}: a micro-batch has one value a "
                        "channel, so no variance: ask for fewer micro-batches or a larger batch")
         if not self.training or self.running_mean is None:
             return super().forward(x)                                                       # (B, C, h, w)
@@ -331,6 +331,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(A * d, D)
 
     def split_heads(self, x):
+        """The channels of each head apart."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                            # (B, A, n, d)
 
     def forward(self, x, memory, mask=None, causal=False):
@@ -368,12 +369,16 @@ class Layer(nn.Module):
         return x + stage_dropout(y, self.dropout, self.training)                               # (B, N, D)
 
     def attend_source(self, y, x, mask):
-        # The encoder's final norm has no weights. x travels raw, so every decoder layer has its own copy.
+        """Cross-attention of the target y to the source x.
+
+        x travels raw, so the encoder's final norm, which has no weights, is applied here by every layer.
+        """
         memory = F.layer_norm(x, x.shape[-1:])                                                 # (B, S, D)
         z = self.cross(self.cross_norm(y), memory, mask)                                       # (B, N, D)
         return y + stage_dropout(z, self.dropout, self.training)                               # (B, N, D)
 
     def feed_forward(self, x):
+        """Every token alone through H channels."""
         y = self.narrow(F.relu(self.wide(self.mlp_norm(x))))                                   # (B, N, D)
         return x + stage_dropout(y, self.dropout, self.training)                               # (B, N, D)
 
@@ -524,16 +529,17 @@ def partition(costs, K, goal="variance"):
     # The sum of all costs is fixed, so least squares are least variance.
     price = load if goal == "bottleneck" else load ** 2
     price[np.tril_indices(L + 1)] = np.inf                      # no stage is empty
-    best = price[0]                         # best[j]: least price of layers 0 to j - 1 on 1, 2, ... stages
-    starts = []                             # of every round but the first: [j], where the last stage starts
+    # best[j]: the least price of layers 0 to j - 1, on one stage, then on two, and so on to K.
+    # starts[n][j]: where the last of n + 2 stages starts, which then hold layers 0 to j - 1.
+    best = price[0]
+    starts = []
+    join = np.maximum if goal == "bottleneck" else np.add
     for _ in range(K - 1):
-        if goal == "bottleneck":
-            options = np.maximum(best[:, None], price)
-        else:
-            options = best[:, None] + price
+        options = join(best[:, None], price)                    # [i, j]: the last stage is layers i to j - 1
         best = options.min(0)
         starts.append(options.argmin(0))
-    ends = [L]                              # of the last stage, of the one before it, ...
+    # Backwards: the last stage ends at L; where it starts, the one before it ends.
+    ends = [L]
     for start in reversed(starts):
         ends.append(int(start[ends[-1]]))
     return np.diff([0, *reversed(ends)]).tolist()
@@ -615,6 +621,9 @@ def schedule(K, M, mode):
     return tasks
 
 
+# A stage is a thread, which does its tasks of the schedule in order. Stage k takes the input of F from the
+# channel of stage k - 1, the gradient of B from that of stage k + 1, and waits where it is empty.
+
 class Channel:
     """One direction of one boundary: a queue of tensors or tuples of tensors from a stage to its neighbour.
 
@@ -674,7 +683,10 @@ class Channel:
 
 @dataclass
 class Minibatch:
-    """What the stages know of one mini-batch. They share its dicts, but every stage has keys of its own."""
+    """What the stages know of one mini-batch.
+
+    They share its dicts without a lock, for stage k writes and reads keys (m, k) alone.
+    """
 
     loss_fn: object                         # output -> scalar; None: forward alone, for predictions
     number: int                             # the training step
@@ -685,11 +697,12 @@ class Minibatch:
     interior: dict = field(default_factory=dict)    # (m, k): its output, whose graph holds all between
     times: dict = field(default_factory=dict)       # (kind, m, k): (start, end) in seconds
     errors: list = field(default_factory=list)      # what stages raised, the first one first
-    loss: object = None
+    loss: object = None                     # what the last stage found, without graphs
     output: object = None
 
     @property
     def training(self):
+        """Whether backward follows."""
         return self.loss_fn is not None
 
 
@@ -722,9 +735,10 @@ class Pipeline:
         self.seed = seed
         self.streams = streams
         self.threads = threads
-        self.first = np.cumsum([0, *sizes]).tolist()                # the first layer of each stage
+        self.first_layer = np.cumsum([0, *sizes]).tolist()          # of each stage
         self.devices = [torch.device(device) for device in devices[:K]]
-        self.cells = [model[self.first[k]:self.first[k + 1]].to(self.devices[k]) for k in range(K)]
+        ends = self.first_layer[1:]
+        self.cells = [model[a:b].to(device) for a, b, device in zip(self.first_layer, ends, self.devices)]
         stage_of = {}
         for k, cell in enumerate(self.cells):
             # two stages would add to one gradient at once, and two devices cannot hold one tensor
@@ -818,7 +832,7 @@ class Pipeline:
         """Do tasks in order, each once its input is here. An exception stops all workers."""
         try:
             for kind, m, k in tasks:
-                # a new thread starts with gradients on, on the default stream: enter anew
+                # A new thread starts on the default stream with gradients on: both are entered anew.
                 with torch.cuda.stream(self.compute_streams[k]), torch.set_grad_enabled(batch.training):
                     self.do_task(kind, m, k, batch)
         except BaseException as error:      # the first is raised; then come those of the stages it turns away
@@ -885,12 +899,12 @@ class Pipeline:
         versions = [part._version for part in as_tuple(x)]
         y = x
         with torch.autocast(*batch.autocast, cache_enabled=False):
-            for i in range(self.first[k], self.first[k + 1]):
+            for i in range(self.first_layer[k], self.first_layer[k + 1]):
                 y = self.run_layer(m, k, i, y, batch, recompute)
-        # else the interior would be recomputed from another input: wrong gradients, without a word
+        # Else the interior would be recomputed from another input: wrong gradients, without a word.
         unchanged = versions == [part._version for part in as_tuple(x)]
         common.require(unchanged, f"stage {k} changes its input in place")
-        return require_tensors(y, f"{self.place(k, i)} returns")
+        return require_tensors(y, f"{self.name_layer(k, i)} returns")
 
     def run_layer(self, m, k, i, x, batch, recompute):
         """Layer i, with draws of (seed, step, micro-batch, layer).
@@ -900,14 +914,14 @@ class Pipeline:
         name = f"layer {i} micro-batch {m + common.rank() * batch.M}"
         thread_local.generator = common.make_generator(self.seed, batch.number, name, self.devices[k])
         thread_local.recompute = recompute
-        thread_local.place = self.place(k, i)
+        thread_local.layer = self.name_layer(k, i)
         try:
             return self.model[i](x)
         finally:
-            thread_local.__dict__.clear()
+            thread_local.__dict__.clear()   # its defaults hold again
 
-    def place(self, k, i):
-        """A layer's place, for messages."""
+    def name_layer(self, k, i):
+        """For messages."""
         return f"stage {k}, layer {i} ({type(self.model[i]).__name__})"
 
     def now(self, k):
@@ -919,11 +933,14 @@ class Pipeline:
 
     @torch.no_grad()
     def probe(self, x, batch):
-        """Run all layers once on a micro-batch; UserError names one whose training has side effects."""
+        """Run all layers once on a micro-batch; UserError names one whose training has side effects.
+
+        Buffers get their values back.
+        """
         x = map_tensors(torch.clone, x)
         for k, device in enumerate(self.devices):
             x = map_tensors(lambda part: part.to(device), x)
-            for i, layer in enumerate(self.cells[k], self.first[k]):
+            for i, layer in enumerate(self.cells[k], self.first_layer[k]):
                 copies = [(buffer, buffer.clone()) for buffer in layer.buffers()]
                 before = side_effects(layer, device)
                 with torch.autocast(*batch.autocast, cache_enabled=False):
@@ -932,10 +949,10 @@ class Pipeline:
                 for buffer, values in copies:
                     buffer.copy_(values)
                 moved = ", ".join(name for name in before if before[name] != after[name])
-                common.require(not moved, f"{self.place(k, i)}: forward changes {moved} in training, and so "
-                               "would recomputation: use gpipe.stage_dropout and gpipe.BatchNorm, or "
+                common.require(not moved, f"{self.name_layer(k, i)}: forward changes {moved} in training, "
+                               "and recomputation would again: use gpipe.stage_dropout and gpipe.BatchNorm, or "
                                'checkpoint "never"')
-            require_tensors(x, f"{self.place(k, i)} returns")
+            require_tensors(x, f"{self.name_layer(k, i)} returns")
         self.probed = True
 
 
@@ -1002,6 +1019,7 @@ def profile_layer(layer, x):
         saved[storage._cdata] = storage
         return tensor
 
+    # torch shows every tensor that it keeps for backward to `keep`
     outputs = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         flops = common.flops(lambda: outputs.append(layer(x)))
@@ -1028,7 +1046,7 @@ def footprint(rows, sizes, M, mode):
 # --- Training ----------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+class Samples(NamedTuple):
     """One step's samples of this replica."""
 
     inputs: object          # images (B, C, h, w), or ids of (source, target without its end)
@@ -1036,13 +1054,14 @@ class Batch(NamedTuple):
     total: float            # the targets that count: the loss is their mean
 
     def loss(self, output):
+        """Their loss (G6), where the output is."""
         return loss(output, self.target.to(output.device), self.total)
 
 
 # G13  p_d ~ n_d^(1 / T)       temperature-based sampling: how often direction d of n_d pairs is drawn, Sec. 5
 
 def draw(dataset, cfg, step):
-    """A step's Batch, drawn for the global mini-batch: images mirrored at random; sentence pairs by G13."""
+    """A step's Samples, drawn for the global mini-batch: images mirrored at random; sentence pairs by G13."""
     generator = common.make_generator(cfg.seed, step, "data")
     if cfg.model != "translate":
         index = torch.randint(len(dataset), (cfg.batch,), generator=generator)
@@ -1050,7 +1069,7 @@ def draw(dataset, cfg, step):
         index = common.shard(index).numpy()
         x = dataset.pixels(index)                                                           # (B, C, h, w)
         x = torch.where(common.shard(flip), x.flip(-1), x)                                  # (B, C, h, w)
-        return Batch(x, torch.as_tensor(dataset.labels[index]), len(index))
+        return Samples(x, torch.as_tensor(dataset.labels[index]), len(index))
     # n_d^(1/T) is shared by the n_d pairs. 1/T = 0.7 is multilingual BERT's, the paper's T unknown.
     n = torch.as_tensor(np.bincount(dataset.direction)).double()                            # (directions)
     weight = n[dataset.direction] ** (1 / cfg.temperature - 1)                              # (pairs)
@@ -1059,7 +1078,7 @@ def draw(dataset, cfg, step):
     ids = torch.as_tensor(dataset.target[index])                                                 # (B, N+1)
     target = torch.where(ids == PAD, -100, ids)[:, 1:]                                             # (B, N)
     total = int((target != -100).sum()) / common.world()        # a token counts alike in all replicas
-    return Batch((common.shard(source), common.shard(ids[:, :-1])), common.shard(target), total)
+    return Samples((common.shard(source), common.shard(ids[:, :-1])), common.shard(target), total)
 
 
 def learning_rate(cfg, step):
@@ -1148,8 +1167,8 @@ def layer_seconds(cfg, model):
     return [seconds["F", 0, k] + seconds["B", 0, k] for k in range(L)]
 
 
-def place(model, cfg):
-    """The model on its stages: a Pipeline."""
+def build_pipeline(cfg, model):
+    """The model on its stages."""
     torch.set_num_threads(1)                # inside a stage, so that no number depends on K
     devices = stage_devices(cfg)
     sizes = stage_sizes(cfg, model, len(devices))
@@ -1166,16 +1185,16 @@ def train(cfg):
     run = common.Run(cfg, classes=class_names(cfg, dataset))
     run.seed_weights()
     model = build(cfg, count_classes(cfg, dataset))
-    pipe = place(model, cfg)
+    pipe = build_pipeline(cfg, model)
     opt = optimizer(model, cfg)
     start = run.restore(model=model, opt=opt)
     common.compile_blocks(cfg, model)
     for step in run.steps(start):
-        batch = draw(dataset, cfg, step)
+        samples = draw(dataset, cfg, step)
         common.set_learning_rate(opt, learning_rate(cfg, step))
         opt.zero_grad()
         with common.autocast(cfg):
-            value, _, _ = pipe.step(batch.inputs, batch.loss, step)
+            value, _, _ = pipe.step(samples.inputs, samples.loss, step)
         for cell in pipe.cells:             # over the replicas; a stage at a time, for it has one device
             common.average_gradients(cell.parameters())
         opt.step()
@@ -1250,6 +1269,7 @@ def open_split(cfg, split):
 
 
 def class_names(cfg, dataset):
+    """Names of an image's classes; sentence pairs have none."""
     return [] if cfg.model == "translate" else [str(name) for name in dataset.classes]
 
 
@@ -1325,7 +1345,7 @@ def sample(cfg):
     V = len(classes) if classes else count_classes(cfg, test)
     model = build(cfg, V)
     common.load_into({"model": model}, saved, cfg.sample)
-    answer(place(model, cfg), cfg, test, classes, common.sample_folder(cfg))
+    answer(build_pipeline(cfg, model), cfg, test, classes, common.sample_folder(cfg))
 
 
 def draw_timeline(path, batch, K):
