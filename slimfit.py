@@ -91,7 +91,7 @@ class Config:
     sampling: ClassVar = ("data", "weights", "batch")    # what --sample may change
 
 BERT = dict(dropout=0.1, attention_dropout=0.1, decay=0.01, freeze_head=True, cased=True, seed=43)
-VIT = dict(family="vit", schedule="vit", freeze_head=True, seed=43)
+VIT = dict(family="vit", schedule="vit", freeze_head=True, seed=43)    # as the twelve published runs
 PRESETS = {
     "demo": dict(family="vit", classes=10, image=16, patch=4, width=64, depth=4, heads=4, pretrain=800,
                  compare="0.5,0.75,0.9", steps=1200, lr=4e-3, full_lr=3e-3, schedule="vit", log=200),
@@ -121,12 +121,9 @@ TARGET = 0.837      # the demo's accuracy at rate 0.75: mean 0.905 - 4 s.d. of 0
 # S1  code(x) = clamp(round(x 2^f), -2^(i+f), 2^(i+f) - 1), ties to even;  it stands for code / 2^f
 # S2  byte = 16 (a + 8) + (b + 8)        two 4-bit codes: a of a tensor's first half, b of its second half
 #
-# What is stored is read by the backward pass alone. The forward pass goes on with x itself, so that its
-# output is the stock model's, bit for bit. Formats are fixed: to find a minimum or a scale of the data would
-# cost a pass over it, and bytes.
-
-
-# A format is (i, f, dtype): i bits before the point, f behind it and a sign, kept in dtype.
+# The backward pass alone reads what is stored. The forward pass goes on with x itself: its output is the
+# stock model's, bit for bit. A format is fixed, for any data: (i, f, dtype), i bits before the point, f
+# behind it and a sign, kept in dtype.
 INT8 = (3, 4, torch.int8)              # q, k, v, input of the second MLP matrix: [-8, 7.9375], step 1/16
 UINT8 = (0, 8, torch.uint8)            # softmax output: [0, 255/256], step 1/256; 1 becomes 255/256
 INT4 = (2, 1, torch.int8)              # GELU input: [-4, 3.5], step 1/2; pack4 joins them in pairs
@@ -162,15 +159,15 @@ def unpack4(byte, table, like):
     """
     index = byte.int()                                                                  # (m)
     both = like.new_empty(2, len(byte))                                                 # (2, m)
-    for row, half in zip(table, both):
-        torch.index_select(row, 0, index, out=half)
+    torch.index_select(table[0], 0, index, out=both[0])
+    torch.index_select(table[1], 0, index, out=both[1])
     return both.flatten()[:like.numel()].view(like.shape)
 
 
 def gelu_slopes(dtype=None):
     """GELU' at the 16 values of INT4 as a table for unpack4: looked up, not computed for every element.
 
-    It is off the exact derivative by 0.2 at most, near 0, where GELU' is steepest.
+    It is off the exact derivative by at most 0.2, near 0, where GELU' is steepest.
     """
     z = torch.arange(-8, 8, dtype=dtype) / 2                                            # (w)
     slope = torch.ops.aten.gelu_backward(torch.ones_like(z), z)                         # (w)
@@ -181,7 +178,7 @@ def gelu_slopes(dtype=None):
 def largest(x, count):
     """The `count` largest magnitudes of the whole tensor, not of each token: values, flat int32 indices.
 
-    In any order. Both become saved tensors, so that all their 8 bytes an element are counted.
+    In any order. Both become saved tensors, 8 bytes an element.
     """
     flat = x.flatten()                                                                  # (n)
     if x.is_cuda:
@@ -197,8 +194,7 @@ class Dense8(torch.autograd.Function):
 
     S3  dx = g W,  db = sum of g;  dW = g^T x  only where W trains, with x as it was stored
 
-    The input is 4 d wide: in int8 it takes the 4 N bytes of any other slot, so that it does not matter to
-    the memory who trains.
+    The input is 4 d wide: in int8 it takes 4 N bytes like any other slot, whoever trains.
     """
 
     @staticmethod
@@ -220,8 +216,8 @@ class Norm(torch.autograd.Function):
     S4  y = (x - mean(x)) / sigma,  h = g gain;  dx = (h - mean(h) - y mean(h y)) / sigma
         dbias = sum of g;  dgain = sum of g y  only where the gain trains;  means over a token
 
-    With y pruned, its term of dx is approximate: a share of dx of some 1 / sqrt(d), 3 % at d = 768. This is
-    the usual form: gains stay near 1, move little relatively, and so hardly ever train after the first sweep.
+    With y pruned, the term y mean(h y) is approximate: about 1 / sqrt(d) of dx, 3 % at d = 768. Gains stay
+    near 1 and move little, relatively: after the first sweep hardly one trains again.
     """
 
     @staticmethod
@@ -232,7 +228,8 @@ class Norm(torch.autograd.Function):
         if ctx.gain_trains:
             ctx.save_for_backward(gain, x)
         else:
-            ctx.save_for_backward(gain, r, *largest((x - mu).mul_(r), int(keep * x.numel())))
+            value, index = largest((x - mu).mul_(r), int(keep * x.numel()))             # (m), (m)
+            ctx.save_for_backward(gain, r, value, index)
         return y                                                                        # (B, T, d)
 
     @staticmethod
@@ -244,7 +241,7 @@ class Norm(torch.autograd.Function):
         else:
             gain, r, value, index = ctx.saved_tensors
             y = g.new_zeros(g.numel()).index_add_(0, index, value).view_as(g)
-        # torch's kernel, told that its input y has mean 0 and sigma 1, gives sigma dx in one pass
+        # torch's kernel, given y with mean 0 and sigma 1, computes sigma dx of S4 in one pass
         dx, dgain, dbias = torch.ops.aten.native_layer_norm_backward(
             g, y, gain.shape, 0 * r, torch.ones_like(r), gain, gain, (True, ctx.gain_trains, True))
         return dx.mul_(r), dgain, dbias, None, None
@@ -258,7 +255,7 @@ class Gelu4(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, block):
-        ctx.block = block                                     # its table is a constant: no saved tensor
+        ctx.block = block                                     # for its table, a constant: no saved tensor
         ctx.save_for_backward(pack4(x))
         return F.gelu(x)                                                                # (B, T, m)
 
@@ -291,7 +288,7 @@ class SoftmaxValue(torch.autograd.Function):
 
     S7  P = softmax(s),  o = P v;  dv = P^T g,  Z = P (g v^T),  ds = Z - P rowsum(Z)
 
-    A row of the stored P sums to 1 within T / 512, and so a row of ds to 0.
+    A row of the stored P sums to 1 within (T + 1) / 512, and so a row of ds nearly to 0.
     """
 
     @staticmethod
@@ -329,21 +326,23 @@ def layer_norm(norm, x, keep):
 class Block(nn.Module):
     """Attention and MLP: post-norm (BERT), or pre-norm with optional LayerScale (ViT).
 
-    Dense layers on d-wide inputs are torch's own, which do S3: with a frozen weight they store nothing, else
-    their input. Query, key and value share one input: 4 N bytes if any of them trains. With all switches off
-    the block is stock torch. Attention is explicit there, too: the authors' baseline saves P.
+    Dense layers on d-wide inputs are torch's own, which do S3: they store their input if the weight trains,
+    else nothing. Query, key and value share one input: 4 N bytes if any of them trains. With all switches off
+    the block is stock torch with explicit attention, the authors' baseline: a fused kernel would save no P.
     """
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, d = cfg, cfg.width
         self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
-        self.norm1, self.norm2 = (nn.LayerNorm(d, cfg.eps) for _ in range(2))
+        self.norm1 = nn.LayerNorm(d, cfg.eps)
+        self.norm2 = nn.LayerNorm(d, cfg.eps)
         self.mlp1 = nn.Linear(d, 4 * d)
         self.mlp2 = nn.Linear(4 * d, d)
         self.register_buffer("slopes", gelu_slopes(), persistent=False)
         if cfg.scaled:
-            self.scale1, self.scale2 = (nn.Parameter(torch.ones(d)) for _ in range(2))
+            self.scale1 = nn.Parameter(torch.ones(d))
+            self.scale2 = nn.Parameter(torch.ones(d))
 
     def attention(self, x, mask):
         """(B, T, d) -> (B, T, d); the mask (B, 1, 1, T) or None is added to the scores."""
@@ -355,7 +354,7 @@ class Block(nn.Module):
         s = s / math.sqrt(q.shape[-1])                                                  # (B, H, T, T)
         s = s if mask is None else s + mask                                             # (B, H, T, T)
         if cfg.products or cfg.probabilities:
-            # Official code: dropout on V, not on P as in BERT: a mask of N bytes in place of S, one P less.
+            # as the authors: dropout on V, where BERT has it on P: a mask of N bytes, not S, and one P less
             v = dropout(v, cfg.attention_dropout, self.training)                        # (B, H, T, e)
             o = SoftmaxValue.apply(s, v, cfg.probabilities, cfg.products)               # (B, H, T, e)
         else:
@@ -367,7 +366,7 @@ class Block(nn.Module):
         """Two matrices with a GELU between them, (B, T, d) -> (B, T, d)."""
         cfg = self.cfg
         z = self.mlp1(x)                                                                # (B, T, 4*d)
-        z = Gelu4.apply(z, self) if cfg.gelu else F.gelu(z)                      # (B, T, 4*d)
+        z = Gelu4.apply(z, self) if cfg.gelu else F.gelu(z)                             # (B, T, 4*d)
         z = Dense8.apply(z, self.mlp2.weight, self.mlp2.bias) if cfg.mlp else self.mlp2(z)  # (B, T, d)
         z = dropout(z, cfg.dropout, self.training)                                      # (B, T, d)
         return z * self.scale2 if cfg.scaled else z                                     # (B, T, d)
@@ -391,8 +390,9 @@ class Bert(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg, d = cfg, cfg.width
-        sizes = cfg.words, cfg.positions, 2
-        self.word, self.position, self.token_type = (nn.Embedding(size, d) for size in sizes)
+        self.word = nn.Embedding(cfg.words, d)
+        self.position = nn.Embedding(cfg.positions, d)
+        self.token_type = nn.Embedding(2, d)
         self.norm = nn.LayerNorm(d, cfg.eps)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         if cfg.target != "span":
@@ -404,7 +404,7 @@ class Bert(nn.Module):
         cfg = self.cfg
         x = self.word(ids) + self.token_type(types) + self.position.weight[:ids.shape[1]]       # (B, T, d)
         x = dropout(layer_norm(self.norm, x, cfg.keep), cfg.dropout, self.training)     # (B, T, d)
-        # BERT's way to hide padding: after the softmax, exp(-10,000) is 0
+        # added to the scores of padding, whose exp becomes 0
         hide = (1 - mask[:, None, None].to(x.dtype)) * -10_000                          # (B, 1, 1, T)
         for block in self.blocks:
             x = block(x, hide)                                                          # (B, T, d)
@@ -452,9 +452,12 @@ def initialise(model):
     Biases are 0, gains 1. No eligible tensor starts at 0, by which S11 would divide.
     """
     for name, p in model.named_parameters():
-        if p.ndim > 1:
-            fan_in = p[0, 0].numel() if p.ndim == 3 else p[0].numel()     # 3: class token, position table
-            nn.init.normal_(p, std=0.02 if name == "head.weight" else fan_in ** -0.5)
+        if name == "head.weight":
+            nn.init.normal_(p, std=0.02)
+        elif p.ndim == 3:                                     # class token, position table: rows of d
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+        elif p.ndim > 1:                                      # matrices, word tables, patch convolution
+            nn.init.normal_(p, std=p[0].numel() ** -0.5)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
 
@@ -529,21 +532,23 @@ def load_weights(model, state, path):
 def loss(model, batch):
     """Mean loss of one batch (inputs, labels), by --target; dropout alone is random, see seed_dropout.
 
-    class: cross-entropy. score: squared error. span: cross-entropy over T tokens for either end, labels
+    class: cross-entropy. score: squared error. span: cross-entropy over the T tokens for either end, labels
     (B, 2); a label T is ignored: that end lies outside the text.
     """
     inputs, labels = batch
     logits = model(*inputs)
     if model.cfg.target == "score":
         return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits, labels, ignore_index=logits.shape[1])
+    if model.cfg.target == "span":
+        return F.cross_entropy(logits, labels, ignore_index=logits.shape[1])
+    return F.cross_entropy(logits, labels)
 
 
 # --- Scheduling --------------------------------------------------------------
 
-# A "layer" of the paper is one weight tensor. Of a BERT classifier's 201 parameters 102 may be frozen, and 91
-# of them are at rate 0.9; its 99 biases always train. So the gradient goes all the way down, and what
-# freezing spares is stored inputs and weight gradients, not the backward pass.
+# A "layer" of the paper is one weight tensor. Of a BERT classifier's 201 parameters 102 may be frozen, of
+# which 91 are at rate 0.9; its 99 biases always train. So the gradient goes all the way down: freezing spares
+# stored inputs and weight gradients, not the backward pass.
 
 
 def eligible(model, cfg):
@@ -563,7 +568,7 @@ def relative_change(old, new, skip_zeros=True):
     S11  D = mean_j |w_j' - w_j| / |w_j|        w' behind the optimizer's step, w before it
 
     Departure: an element that was 0 counts as 0. In the authors' code (skip_zeros False) it makes D infinite
-    if it moves and NaN if not; both sort last, and the tensor trains for ever. Weights in fp16 hold zeros.
+    if it moves and NaN if not; both sort last, and the tensor trains for ever. Weights from fp16 hold zeros.
     """
     ratio = (new - old).div_(old).abs_()
     return (ratio.nan_to_num_(nan=0, posinf=0) if skip_zeros else ratio).mean()
@@ -572,7 +577,7 @@ def relative_change(old, new, skip_zeros=True):
 def choose(policy, distance, k, step, steps, generator):
     """Indices of the k of t tensors that train at a step.
 
-    ils: the largest distances (NaN last in order, so largest); random: any; last: those nearest the output;
+    ils: the largest distances (NaN counts as the largest); random: any; last: those nearest the output;
     progressive: a window that slides from the input to the output; none: nothing is frozen.
     """
     t = len(distance)
@@ -589,8 +594,8 @@ class Scheduler:
 
     S12  frozen: the int(rate t) smallest of D_1 ... D_t;  D_i is measured anew where i trained, else kept
 
-    Nothing explores and no distance fades: a frozen tensor returns when the active ones fall below its old
-    value. As many train at every step, and so the memory stays the same, nearly.
+    Nothing explores and no distance fades: a frozen tensor returns when active ones fall below its old value.
+    As many train at every step, so the memory hardly changes.
     """
 
     def __init__(self, model, cfg):
@@ -643,18 +648,20 @@ class Scheduler:
 
 
 def learning_rate(cfg, step):
-    """The learning rate at a step, from 0 to n - 1: lr times a factor that falls to about 0, S13.
+    """The learning rate at a step i from 0 to n - 1: lr times a factor that falls to about 0.
 
     S13  linear: (n + 1 - i) / (n + 1)   most GLUE scripts;   stsb: (n - i) / n;   vit: (n - i) / (n + 1)
          zero:   0 at i = 0, then (n - i) / (n - 0.1)         CoLA and SQuAD
 
-    In the last, "warm-up 0.1" was a number of steps. Its first factor, 0, gives the first active set the
-    distance 0, so that it never trains again. Our choice: no preset uses it.
+    zero comes of a "warm-up 0.1", taken as a number of steps. At rate 0 the first active set moves by 0, so
+    that it never trains again. Our choice: no preset uses it.
     """
     n = cfg.steps
-    table = {"linear": (n + 1, n + 1), "stsb": (n, n), "vit": (n, n + 1), "zero": (n, n - 0.1)}
-    top, bottom = table[cfg.schedule]
-    return 0.0 if cfg.schedule == "zero" and step == 0 else cfg.lr * ((top - step) / bottom)
+    if cfg.schedule == "zero" and step == 0:
+        return 0.0
+    left = n + 1 - step if cfg.schedule == "linear" else n - step
+    whole = {"linear": n + 1, "stsb": n, "vit": n + 1, "zero": n - 0.1}[cfg.schedule]
+    return cfg.lr * (left / whole)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -663,8 +670,8 @@ class AdamW(torch.optim.Optimizer):
     S14  m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  s <- s + 1
          w <- w - lr sqrt(1 - b2^s) / (1 - b1^s) m / (sqrt(v) + eps),  then  w <- w - lr decay w
 
-    A tensor without gradient is left alone: no momentum, no decay, no count. Each has a count s of its own,
-    which bias correction needs where some train at every step and others hardly ever.
+    A tensor without gradient is left alone: no momentum, no decay, no count. Each has a count s of its own:
+    some train at every step, others hardly ever.
     """
 
     def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-6):
@@ -697,13 +704,15 @@ def optimizer(model, cfg):
     decayed = [p for p in model.parameters() if p.ndim > 1 or cfg.decay_all]
     spared = [p for p in model.parameters() if p.ndim <= 1 and not cfg.decay_all]
     groups = [{"params": decayed, "weight_decay": cfg.decay}, {"params": spared, "weight_decay": 0.0}]
-    return (torch.optim.AdamW if cfg.adam == "torch" else AdamW)(groups, lr=cfg.lr)
+    if cfg.adam == "torch":
+        return torch.optim.AdamW(groups, lr=cfg.lr)
+    return AdamW(groups, lr=cfg.lr)
 
 
-# Bytes saved for the backward pass, in a row a kind of tensor, as --plan prints them:
+# Bytes saved for the backward pass:
 #
 # S8  stock block    64 N + 4 S + 16 B T;  with dropout  66 N + 9 S + 16 B T
-# S9  SlimFit block  5 N + S  [with dropout 3 N more]  + 4 N for each lit slot: query, key and value together;
+# S9  SlimFit block  5 N + S  [with dropout 3 N more]  + 4 N for each lit slot: query, key, value together;
 #                    out; mlp1; mlp2;  + each LayerNorm: 4 N if its gain trains, else 8 keep N + 4 B T
 # S10  outside       a LayerNorm; 4 N where pooler or head trains: it reads a view of one token, which keeps
 #                    the whole tensor; small things behind
@@ -712,8 +721,8 @@ def optimizer(model, cfg):
 def activation_rows(cfg, B, active):
     """What B samples save for the backward pass where the parameters of the names `active` train.
 
-    Rows (name, static or dynamic, bytes an element, elements). Counted while the loss is alive: each storage
-    once, the blocks' inputs included; not parameters, pixels, ids and labels.
+    Rows (name, static or dynamic, tensors, bytes a number, numbers a tensor). Counted while the loss is
+    alive: each storage once, the blocks' inputs included; not parameters, pixels, ids and labels.
     """
 
     def lit(*names):
@@ -726,36 +735,39 @@ def activation_rows(cfg, B, active):
     S = B * cfg.heads * T * T
     texts = cfg.family == "bert"                              # True counts as 1 in what follows, False as 0
     pooled = texts and cfg.target != "span"
-    on_v = cfg.products or cfg.probabilities
+    on_v = cfg.products or cfg.probabilities                  # attention dropout acts on V
     pruned = cfg.keep < 1
     masks = int(cfg.dropout > 0)
-    attention_masks = int(cfg.attention_dropout > 0)
+    attention_masks = L if cfg.attention_dropout > 0 else 0
     head = "head.weight" in active
     norms = 2 * L + 1                                         # with the embeddings' or a ViT's last
     gains = lit("norm1.weight") + lit("norm2.weight") + len({"norm.weight", "final.weight"} & active)
+    outputs = {"class": B * cfg.classes + 1, "span": 2 * B * T + 1, "score": B}[cfg.target]
     rows = [
-        ("q, k, v", "static", 3 * L * (1 if cfg.products else 4), N),
-        ("softmax output", "static", L * (1 if cfg.probabilities else 4), S),
-        ("GELU input", "static", L * (0.5 if cfg.gelu else 4), 4 * N),
-        ("masks of both branches", "static", 2 * L * masks, N),
-        ("mask of v", "static", L * attention_masks * on_v, N),
-        ("softmax output dropped, mask", "static", 5 * L * attention_masks * (1 - on_v), S),
-        ("input of query, key, value", "dynamic", 4 * lit("query.weight", "key.weight", "value.weight"), N),
-        ("input of out", "dynamic", 4 * lit("out.weight"), N),
-        ("input of mlp1", "dynamic", 4 * lit("mlp1.weight"), N),
-        ("input of mlp2", "dynamic", (1 if cfg.mlp else 4) * lit("mlp2.weight"), 4 * N),
-        ("input of LayerScale", "dynamic", 4 * lit("scale1") + 4 * lit("scale2"), N),
-        ("LayerNorm input, stock", "static", 4 * norms * (1 - pruned), N),
-        ("LayerNorm mean, 1 / sigma", "static", 8 * norms * (1 - pruned), B * T),
-        ("LayerNorm input, gain trains", "dynamic", 4 * gains * pruned, N),
-        ("LayerNorm input, pruned", "static", 8 * (norms - gains) * pruned, int(cfg.keep * N)),
-        ("LayerNorm 1 / sigma", "static", 4 * (norms - gains) * pruned, B * T),
-        ("mask of embeddings", "static", masks * texts, N),
-        ("input of pooler", "dynamic", 4 * int("pooler.weight" in active), N),
-        ("tanh output, its mask", "static", (4 + masks) * pooled, B * cfg.width),
-        ("input of head, dropped", "dynamic", 4 * head * pooled * masks, B * cfg.width),
-        ("input of head", "dynamic", 4 * head * (1 - pooled), N),
-        ("loss", "static", 4, {"class": B * cfg.classes + 1, "span": 2 * B * T + 1, "score": B}[cfg.target]),
+        ("q, k, v", "static", 3 * L, 1 if cfg.products else 4, N),
+        ("softmax output", "static", L, 1 if cfg.probabilities else 4, S),
+        ("GELU input", "static", L, 0.5 if cfg.gelu else 4, 4 * N),
+        ("masks of both branches", "static", 2 * L * masks, 1, N),
+        ("mask of v", "static", attention_masks * on_v, 1, N),
+        ("mask of softmax output", "static", attention_masks * (1 - on_v), 1, S),
+        ("softmax output, masked", "static", attention_masks * (1 - on_v), 4, S),
+        ("input of query, key, value", "dynamic", lit("query.weight", "key.weight", "value.weight"), 4, N),
+        ("input of out", "dynamic", lit("out.weight"), 4, N),
+        ("input of mlp1", "dynamic", lit("mlp1.weight"), 4, N),
+        ("input of mlp2", "dynamic", lit("mlp2.weight"), 1 if cfg.mlp else 4, 4 * N),
+        ("input of LayerScale", "dynamic", lit("scale1") + lit("scale2"), 4, N),
+        ("LayerNorm input", "static", norms * (1 - pruned), 4, N),
+        ("LayerNorm mean, 1 / sigma", "static", 2 * norms * (1 - pruned), 4, B * T),
+        ("LayerNorm input, gain trains", "dynamic", gains * pruned, 4, N),
+        ("LayerNorm values and indices", "static", 2 * (norms - gains) * pruned, 4, int(cfg.keep * N)),
+        ("LayerNorm 1 / sigma", "static", (norms - gains) * pruned, 4, B * T),
+        ("mask of embeddings", "static", masks * texts, 1, N),
+        ("input of pooler", "dynamic", int("pooler.weight" in active), 4, N),
+        ("tanh output", "static", int(pooled), 4, B * cfg.width),
+        ("mask of tanh output", "static", masks * pooled, 1, B * cfg.width),
+        ("input of head, masked", "dynamic", masks * pooled * head, 4, B * cfg.width),
+        ("input of head", "dynamic", head * (1 - pooled), 4, N),
+        ("loss", "static", 1, 4, outputs),
     ]
     return [row for row in rows if row[2] > 0]
 
@@ -763,8 +775,8 @@ def activation_rows(cfg, B, active):
 def activation_bytes(cfg, B, active):
     """The sums of activation_rows: {"static": bytes, "dynamic": bytes}."""
     total = {"static": 0, "dynamic": 0}
-    for _, kind, width, count in activation_rows(cfg, B, active):
-        total[kind] += int(width * count)
+    for _, kind, count, width, size in activation_rows(cfg, B, active):
+        total[kind] += int(count * width * size)
     return total
 
 
@@ -823,7 +835,7 @@ def stock(cfg):
 
 
 def fetch(dataset, cfg, rows):
-    """(inputs, labels) of the samples `rows`, on the CPU: normalised pixels, or ids, token types and mask."""
+    """(inputs, labels) of the samples `rows`: normalised pixels, or ids, token types and mask."""
     labels = torch.from_numpy(dataset.labels[rows])
     if cfg.family == "bert":
         return torch.from_numpy(dataset.images[rows]).unbind(1), labels
@@ -838,8 +850,10 @@ def fetch(dataset, cfg, rows):
 
 def class_half(dataset, half):
     """Positions of the samples of the first (1) or second (2) half of the classes; 0: of all samples."""
+    if half == 0:
+        return np.arange(len(dataset.labels))
     in_second = dataset.labels >= len(dataset.classes) // 2
-    return np.flatnonzero((half == 0) | (in_second == (half == 2)))
+    return np.flatnonzero(in_second if half == 2 else ~in_second)
 
 
 def epochs(cfg, rows, steps):
@@ -1001,7 +1015,7 @@ def open_split(cfg, split):
         size = cfg.image if cfg.data.startswith(("shapes", "folder:")) else 0           # 0: as they are
         return data.open_data(cfg.data, split, size, count=10_000 if split == "train" else 4_000)
     words = vocabulary(cfg)
-    _, task, path = cfg.data.split(":", 2)
+    task, _, path = cfg.data.removeprefix("glue:").partition(":")
     texts, labels, classes = data.glue(task, path, split)
     pairs = [(text,) if isinstance(text, str) else text for text in texts]
     ids = np.array([words.encode(*pair, length=cfg.length) for pair in pairs])
@@ -1038,22 +1052,25 @@ def table(rows):
 
 
 def print_rows(title, rows):
-    """Print activation_rows. To compare with S8 and S9, divide bytes a number by the number of blocks."""
-    print(f"\n{title + ', saved for backward':32}{'kind':8}{'bytes a number':>15}{'numbers':>15}{'MB':>12}")
-    for name, kind, width, count in rows:
-        print(f"{name:32}{kind:8}{width:15g}{count:15,}{width * count / 1e6:12,.2f}")
+    """Print activation_rows under a title; bytes: of a number; numbers: in a tensor."""
+    title += ", saved for backward"
+    print(f"\n{title:32}{'kind':8}{'tensors':>9}{'bytes':>7}{'numbers':>14}{'MB':>11}")
+    for name, kind, count, width, size in rows:
+        print(f"{name:32}{kind:8}{count:9}{width:7g}{size:14,}{count * width * size / 1e6:11,.2f}")
 
 
 def heat_map(path, scheduler):
     """Draw who trained as an SVG: a row a tensor, steps to the right; the darker, the more of those steps."""
-    history = torch.stack(scheduler.history).float()
-    columns = min(60, len(history))
-    shade = F.interpolate(history.T[None], columns, mode="area")[0].mul(8).ceil().int()       # 0 to 8
+    history = torch.stack(scheduler.history).T.float()                                  # (t, n)
+    steps = history.shape[1]
+    columns = min(60, steps)
+    share = F.interpolate(history[None], columns, mode="area")[0]                       # (t, m)
+    shade = (8 * share).ceil().int()                          # in eight shades         # (t, m)
     wide = 450 / columns
     bottom = 30 + 13 * len(shade)
     parts = [common.svg_text(140, 18, "light: trained at few of these steps; dark: at all of them", "start"),
              common.svg_text(140, bottom + 16, "step 1", "start"),
-             common.svg_text(590, bottom + 16, f"step {len(history)}", "end")]
+             common.svg_text(590, bottom + 16, f"step {steps}", "end")]
     for level in range(1, 9):
         places = (shade == level).nonzero().tolist()
         cells = [f"M{140 + wide * x:.1f} {30 + 13 * y}h{wide:.1f}v12h-{wide:.1f}z" for y, x in places]
@@ -1078,15 +1095,18 @@ def plan_memory(cfg):
     every = {name for name, _ in model.named_parameters()}
     may = list(eligible(model, cfg))
     k = Scheduler(model, cfg).k
-    own_slot = ("key.weight", "out.weight", "mlp1.weight", "mlp2.weight")
-    worst = sorted(may, key=lambda name: not name.endswith(own_slot))[:k]
-    cases = {"stock": (stock(cfg), every), "all frozen": (cfg, every - {*may}),
-             "worst case": (cfg, every - {*may} | {*worst})}
+    own = ("key.weight", "out.weight", "mlp1.weight", "mlp2.weight")
+    slots = [name for name in may if name.endswith(own)]
+    others = [name for name in may if name not in slots]
+    floor = every - {*may}
+    worst = floor | {*(slots + others)[:k]}
+    cases = {"stock": (stock(cfg), every), "all frozen": (cfg, floor), "worst case": (cfg, worst)}
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(every)} tensors, "
           f"{len(may)} eligible ({len(may) - k} frozen and {k} active at a step), batch {B}")
     if cfg.plan:
         for name, (variant, active) in cases.items():
             print_rows(name, activation_rows(variant, B, active))
+        print()
     return {name: memory_account(model, variant, B, active) for name, (variant, active) in cases.items()}
 
 
@@ -1110,9 +1130,12 @@ def evaluate_checkpoint(cfg):
 
 def main(cfg):
     """Plan, evaluate or train; returns the exit code."""
-    if cfg.plan:
-        return table(plan_memory(cfg)) if common.rank() == 0 else 0
-    return evaluate_checkpoint(cfg) if cfg.sample else train(cfg)
+    if cfg.sample:
+        return evaluate_checkpoint(cfg)
+    if not cfg.plan:
+        return train(cfg)
+    if common.rank() == 0:
+        table(plan_memory(cfg))
 
 
 if __name__ == "__main__":

@@ -496,6 +496,25 @@ def test_s8_s9_bytes_of_a_block(family, T, stock, active, frozen):
     assert block_bytes(cfg, "all", T) == frozen
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_s8_s9_are_what_a_block_adds(p):
+    """S8 and S9 as they are printed: the rows of two blocks less those of one."""
+    def added(stock, trains):
+        total = []
+        for depth in (2, 1):
+            cfg = texts(depth=depth, dropout=p, attention_dropout=p)
+            cfg = slimfit.stock(cfg) if stock else cfg
+            active = {name for name, _ in slimfit.build_model(cfg).named_parameters()} if trains else set()
+            total.append(sum(slimfit.activation_bytes(cfg, 3, active).values()))
+        return total[0] - total[1]
+
+    N, S, BT = 3 * 6 * 16, 3 * 2 * 6 * 6, 3 * 6
+    masks = 3 * N if p else 0
+    assert added(True, True) == (66 * N + 9 * S if p else 64 * N + 4 * S) + 16 * BT
+    assert added(False, True) == 5 * N + S + masks + 4 * (4 * N) + 2 * (4 * N)
+    assert added(False, False) == 5 * N + S + masks + 2 * (8 * int(0.1 * N) + 4 * BT)
+
+
 def variants():
     """Configurations whose formula must hold to the byte: every switch, family, head and dropout."""
     for make in (config, texts):
@@ -1195,6 +1214,13 @@ def test_plan_of_every_preset(preset, tmp_path, monkeypatch, capsys):
     command("--preset", preset, "--plan")
     out = capsys.readouterr().out
     assert "stock" in out and "worst case" in out and "eligible" in out and not list(tmp_path.iterdir())
+    cases = out.replace(",", "").split("\n\n")[1:]
+    for case, total in zip(cases[:3], cases[3].split("\n")[1:]):         # the rows of each case add up to its account
+        rows = [line.rsplit(None, 5) for line in case.split("\n")[1:]]
+        for kind, column in (("static", 0), ("dynamic", 1)):
+            sums = sum(float(row[2]) * float(row[3]) * float(row[4]) for row in rows if row[1] == kind) / 1e6
+            wanted = float(re.findall(r"[\d.]+", total)[column])
+            assert abs(sums - wanted) <= 0.0051, (case, total)
 
 
 def test_every_option_trains_one_step(tmp_path, monkeypatch):
