@@ -1087,7 +1087,7 @@ def test_vocabulary_as_transformers_5_writes_it(config_file, normalizer, cased, 
     if config_file is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config_file))
     cfg = common.cli(slimfit.Config, slimfit.PRESETS, slimfit.__doc__, [*words, "--cased" if cased else "--no-cased"])
-    found = slimfit.vocabulary(cfg)
+    found = slimfit.vocabulary(cfg.weights, cfg.words, cfg.cased)
     assert found.ids == ids
     assert found.encode("Dog cats")[0] == [2, dog, 6, 13, 3]
 
@@ -1143,7 +1143,7 @@ def stub(labels, classes, side=8):
 
 @pytest.mark.parametrize("labels, classes, pretrain, message", [
     ({"train": [0, 1], "test": [0]}, {"train": "ab", "test": "b"}, 0, "train has the classes ['a', 'b'], test ['b']"),
-    ({"train": [0, 0], "test": [0]}, {"train": "a", "test": "a"}, 1, "split test: [0, 1] samples by halves of 1 classes"),
+    ({"train": [0, 0], "test": [0]}, {"train": "a", "test": "a"}, 1, "split train: [0, 2] samples by halves of 1 classes"),
     ({"train": [0, 1], "test": [0, 0]}, {"train": "ab", "test": "ab"}, 1, "split test: [2, 0] samples by halves of 2 classes"),
     ({"train": [0, 1, 2], "test": [0]}, {"train": "abc", "test": "abc"}, 0, "--classes 2: folder:x has 3")])
 def test_splits_are_held_together_before_training(labels, classes, pretrain, message, tmp_path, monkeypatch, capsys):
@@ -1153,6 +1153,23 @@ def test_splits_are_held_together_before_training(labels, classes, pretrain, mes
              "--pretrain", str(pretrain), "--weights", "x", "--compare", ""]
     assert message in refused(command, words, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_class_names_travel_with_the_checkpoint(tmp_path, monkeypatch, capsys):
+    """--sample writes them beside the confusion table, and refuses data whose classes are others, or ordered otherwise."""
+    monkeypatch.chdir(tmp_path)
+    words = glue_folder(tmp_path)
+    command(*words, "--steps", "2", "--name", "run")
+    assert "12 texts, 2 classes (different, equivalent), test 12" in capsys.readouterr().out
+    path = tmp_path / "runs/slimfit/run/last.pt"
+    saved = torch.load(path, weights_only=True)
+    assert saved["classes"] == ["different", "equivalent"]
+    command("--sample", str(path), "--out", str(tmp_path / "seen"))
+    found = json.loads((tmp_path / "seen/test.json").read_text())
+    assert found["classes"] == saved["classes"] and np.sum(found["confusion"]) == 12
+    assert math.isclose(found["accuracy"], np.trace(found["confusion"]) / 12, rel_tol=1e-6)
+    torch.save({**saved, "classes": saved["classes"][::-1]}, path)
+    assert "its classes are ['equivalent', 'different']" in refused(command, ["--sample", str(path)], capsys)
 
 
 def test_a_class_that_test_lacks_keeps_its_place(monkeypatch):
