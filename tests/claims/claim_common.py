@@ -1,0 +1,140 @@
+"""What runs around the arithmetic: threads beside other work, files in memory, bytes to floats, noise of many ranks.
+
+"before" is written out here as it was; both sides run in turn in one process tree, and ratios are medians of pairs.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import common
+import data
+from tests import ROOT
+
+import numpy as np
+import torch
+
+
+def seconds_of_steps(where, name, policy):
+    """Seconds of 60 training steps of arflow.py's demo under an OpenMP wait policy, from its own log."""
+    env = os.environ | {"OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(common.processors())}
+    words = [sys.executable, str(ROOT / "arflow.py"), "--steps", "60", "--log", "60", "--count", "20", "--name", name]
+    subprocess.run(words, cwd=where, env=env, check=True, capture_output=True)
+    text = (where / "runs/arflow" / name / "log.jsonl").read_text()
+    return json.loads(text.splitlines()[-1])["seconds"]
+
+
+def busy(scale):
+    """Beside one busy process a core: spinning threads against passive ones, and against the quiet machine."""
+    pairs = 3 if scale == "quick" else 5
+    spin = [sys.executable, "-c", "while True: pass"]
+    found = {key: [] for key in ("quiet spinning", "quiet passive", "busy spinning", "busy passive")}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(pairs):
+            for load in ("quiet", "busy"):
+                others = [subprocess.Popen(spin) for _ in range(common.processors() if load == "busy" else 0)]
+                try:
+                    for policy, word in (("ACTIVE", "spinning"), ("PASSIVE", "passive")):
+                        key = f"{load} {word}"
+                        found[key].append(seconds_of_steps(Path(folder), f"{load}-{word}-{i}", policy))
+                finally:
+                    for other in others:
+                        other.kill()
+                        other.wait()
+    medians = {key: statistics.median(values) for key, values in found.items()}
+    slower = medians["busy passive"] / medians["quiet passive"]
+    price = medians["quiet passive"] / medians["quiet spinning"]
+    before = medians["busy spinning"] / medians["quiet spinning"]
+    return {"claim": "a busy machine: beside one busy process a core a demo's steps take at most 3 x the quiet time, and quiet "
+                     "at most 1.05 x of spinning threads", "paper": "no paper's",
+            "measured": f"beside one busy process a core {slower:.2f} x the quiet time (spinning threads {before:.1f} x); "
+                        f"quiet {price:.2f} x of spinning threads (medians of {pairs})",
+            "verdict": "shown" if slower <= 3 and price <= 1.05 else "not shown at this scale", "numbers": found}
+
+
+MEASURE = """
+import sys
+sys.path.insert(0, {root!r})
+import data
+import numpy as np
+
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+
+data.open_data("shapes", size=8, count=10)
+before = resident()
+{action}
+print(resident() - before)
+"""
+
+
+def memory(scale):
+    """Opening a large file of latents and reading a batch: MiB of the process, mapped against read whole."""
+    shape = (9_000, 4, 32, 32) if scale == "quick" else (40_000, 4, 32, 32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "latents.npz")
+        np.savez(path, latents=np.ones(shape, np.float32), labels=np.arange(shape[0]) % 10)
+        size = path.stat().st_size / 2 ** 20
+        batch = "d.latents(np.arange(64), np.zeros(64, bool), 0.0)"
+        actions = {"before": f"d = dict(np.load({str(path)!r}))", "after": f"d = data.open_data('latents:{path}', size=32); {batch}"}
+        grown = {}
+        for name, action in actions.items():
+            code = MEASURE.format(root=str(ROOT), action=action)
+            out = subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, text=True).stdout
+            grown[name] = float(out.split()[-1])
+    return {"claim": "a file of latents costs no memory but what is used: at most 16 MiB whatever its size", "paper": "no paper's",
+            "measured": f"{size:.0f} MiB file: +{grown['after']:.0f} MiB opened and a batch read, where reading it whole takes "
+                        f"+{grown['before']:.0f} MiB",
+            "verdict": "shown" if grown["after"] <= 16 else "not shown at this scale", "numbers": {"file": size, **grown}}
+
+
+def ratios(before, after, pairs):
+    """Ratios of CPU time, after over before, of interleaved pairs."""
+    found = []
+    for _ in range(pairs):
+        times = []
+        for function in (before, after):
+            start = time.process_time()
+            function()
+            times.append(time.process_time() - start)
+        found.append(times[1] / times[0])
+    return found
+
+
+def conversion(scale):
+    """256 pictures of 256 px from bytes to floats: scaled in place against three copies."""
+    images = np.random.default_rng(0).integers(0, 256, (256, 3, 256, 256), np.uint8)
+    dataset, index = data.Data(images, np.arange(256) % 10), np.arange(256)
+    found = ratios(lambda: torch.from_numpy(np.ascontiguousarray(images[index])).float() / 127.5 - 1,
+                   lambda: dataset.pixels(index), 5 if scale == "quick" else 15)
+    ratio = statistics.median(found)
+    return {"claim": "bytes become floats in place, at least 2.3 x faster and bitwise equal", "paper": "no paper's",
+            "measured": f"{1 / ratio:.2f} x as fast by CPU time (median of {len(found)} pairs, {1 / max(found):.2f} to {1 / min(found):.2f})",
+            "verdict": "shown" if ratio <= 1 / 2.3 else "not shown at this scale", "numbers": {"after over before": found}}
+
+
+def noise(scale):
+    """Noise of a global batch of 1,024 latents: what one of eight ranks draws, against the whole batch."""
+    shape, where = (1024, 16, 32, 32), torch.device("cpu")
+
+    def one_of_eight():
+        with mock.patch.object(common, "world", lambda: 8), mock.patch.object(common, "rank", lambda: 3):
+            common.shard_noise(shape, 0, 1, "noise", where)
+
+    found = ratios(lambda: common.shard_noise(shape, 0, 1, "noise", where), one_of_eight, 5 if scale == "quick" else 15)
+    ratio = statistics.median(found)
+    return {"claim": "noise is drawn in shards: one of eight ranks takes at most .15 of one process's time", "paper": "no paper's",
+            "measured": f"{ratio:.3f} of it (median of {len(found)} pairs, {min(found):.3f} to {max(found):.3f})",
+            "verdict": "shown" if ratio <= 0.15 else "not shown at this scale", "numbers": {"one of eight over all": found}}
+
+
+ROWS = [busy, memory, conversion, noise]
