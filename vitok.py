@@ -128,14 +128,16 @@ PRESETS = {
     "S-B/16@512": dict(PAPER, model="S-B/16", size=512)}
 TARGET = dict(psnr=22.35, accuracy=0.13)    # mean - 4 s.d. of seeds 0 to 4: 22.73 +- .09, .326 +- .047
 
+
 # --- Building blocks ---------------------------------------------------------
+#
 # V1   X_e[n] = W_e tubelet_n + b_e         Conv3d of kernel = stride = (q, p, p), N = t h w tokens, Sec. 2.2
 # V4   E = M c                              floats of the code, Eq. (2); pixels a float: 3 T H W / E, Sec. 3.1
 # V5   tubelet_n = W_d x_n + colour         ConvTranspose3d of kernel = stride = (q, p, p), Sec. 2.2
 # V6   x <- x + attention(LN x);  x <- x + mlp(LN x)
 # V7   mlp(x) = W_3 (silu(W_1 x) * W_2 x)   SwiGLU, hidden width int(2.67 D)
 # V8   angle = position 10000^(-i/n)        RoPE: pair i of the n pairs that an axis (x, y or t) has in a head
-# V17  x <- x + gate attention((1 + scale) LN x + shift), so the MLP;  shift, scale, gate = W condition
+# V17  x <- x + gate attention((1 + scale) LN x + shift), likewise mlp;  shift, scale, gate = W condition
 
 
 class Sizes(NamedTuple):
@@ -153,7 +155,7 @@ class Sizes(NamedTuple):
 
 
 def parse_trunk(text, table):
-    """(width, depth, heads) of a name in the table or of WIDTHxDEPTHxHEADS; UserError where it is neither."""
+    """(width, depth, heads) of a name in the table, or of WIDTHxDEPTHxHEADS with less than 1000 blocks."""
     if text in table:
         return table[text]
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d{0,2})x([1-9]\d*)", text, re.ASCII)
@@ -165,7 +167,7 @@ def parse_trunk(text, table):
 
 
 def sizes(cfg):
-    """What --model, --dit and the clips' shape imply; UserError where that is nothing.
+    """What --model, --dit and the shape of a clip imply.
 
     Encoder and decoder have widths of their own. Official code differs: it gives both the decoder's, which
     makes S-L's "small" encoder twice as large as Tab. 1 says.
@@ -175,10 +177,10 @@ def sizes(cfg):
     trunks = parse_trunk(found[1], SIZES), parse_trunk(found[2], SIZES), parse_trunk(cfg.dit, DIT_SIZES)
     q = int(found[3] or 1)
     p = int(found[4])
-    whole = cfg.frames % q == cfg.size % p == 0
+    grid = (cfg.frames // q, cfg.size // p, cfg.size // p)
+    whole = (grid[0] * q, grid[1] * p) == (cfg.frames, cfg.size)
     clip = f"--frames {cfg.frames} --size {cfg.size}"
     common.require(whole, f"{clip}: not in whole tubelets of --model {cfg.model}")
-    grid = (cfg.frames // q, cfg.size // p, cfg.size // p)
     N = math.prod(grid)
     return Sizes(*trunks, q, p, 3 * q * p**2, grid, N, cfg.latents or N)
 
@@ -186,7 +188,7 @@ def sizes(cfg):
 def patchify(x, s):
     """Clips (B, 3, T, H, W) -> tubelets in the order (t, y, x), each a vector ordered (channel, t, y, x).
 
-    With a Linear behind it this is V1's Conv3d as one matrix product. s: Sizes.
+    A Linear behind it makes V1's Conv3d, as one matrix product. s: Sizes.
     """
     x = x.unflatten(4, (-1, s.p)).unflatten(3, (-1, s.p)).unflatten(2, (-1, s.q))   # (B, 3, t, q, h, p, w, p)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)                    # (B, t*h*w, 3*q*p*p)
@@ -217,25 +219,22 @@ def token_positions(grid, rope, latents=0):
 
 
 def rope_angles(positions, d):
-    """Angles (N, d/2), V8, of tokens at positions (N, axes): each axis turns its own pairs of channels.
+    """V8's angles (N, d/2) of tokens at positions (N, axes): each axis turns pairs of channels of its own.
 
-    The paper says only "3D axial". Our choice where 6 does not divide d: parts as equal as can be, the larger
-    ones first. S and B have d = 64: 22 + 22 + 20. In an image, t is 0 and its part never turns.
+    The paper says only "3D axial". Our choice where 6 does not divide d, as in S and B: parts as equal as can
+    be. In an image, t is 0 and its part never turns.
     """
     axes = positions.shape[1]
     angles = []
     for axis in range(axes):
-        n = (d // 2 + axes - 1 - axis) // axes
+        n = (d // 2 + axes - 1 - axis) // axes                  # of 32 pairs: 11, 11, 10
         rates = 10_000.0 ** (-torch.arange(n, device=positions.device).double() / n)                     # (n)
         angles.append(positions[:, axis, None] * rates)
     return torch.cat(angles, 1)                                                                     # (N, d/2)
 
 
 def rotate(x, rotary):
-    """Turn adjacent pairs of x (B, H, N, d) by their token's angles; never in bf16.
-
-    rotary: cosines and sines of the angles (2, N, d/2).
-    """
+    """Turn adjacent pairs of x (B, H, N, d), in float32. rotary: cosines and sines of V8 (2, N, d/2)."""
     cos, sin = rotary                                                                  # (N, d/2), (N, d/2)
     a, b = x.unflatten(3, (-1, 2)).unbind(4)                                      # (B, H, N, k), (B, H, N, k)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), 4).flatten(3).type_as(x)       # (B, H, N, 2*k)
@@ -250,7 +249,7 @@ def timestep_embedding(time, D=256):
 def sincos_pos_embed(N, D):
     """V9's frozen tokens: sines, then cosines of their numbers (official code).
 
-    The D/2 rates run from 1 to 1/10000, both included; RoPE's stop one short of it.
+    The D/2 rates run from 1 to 1/10000, both included; V8's stop one short of it.
     """
     rates = 10_000.0 ** (-torch.arange(D // 2).double() / (D // 2 - 1))                                # (D/2)
     angles = torch.arange(N)[:, None] * rates                                                       # (N, D/2)
@@ -336,7 +335,9 @@ class Trunk(nn.Module):
                 x = block(x, self.rotary, *condition)                                              # (B, N, D)
         return self.norm(x)                                                                        # (B, N, D)
 
+
 # --- Model -------------------------------------------------------------------
+#
 # V2   mean, logvar = W_c LN(trunk(X_e))    2 c channels a token; logvar clamped to [-30, 20]
 # V3   z = mean + exp(logvar / 2) eps       eps from N(0, I), Sec. 2.1
 # V9   encoder([frozen; X_e])[:l],  decoder([W_u z; frozen])[-N:]      latent variant, App. A.3
@@ -447,10 +448,8 @@ def blur(x):
 
 
 class DiscriminatorBlock(nn.Module):
-    """Residual: halves the sides, a channels become b. The sum over sqrt 2 keeps the branches' variance.
-
-    As in the official code, the first convolution widens; StyleGAN2's second does.
-    """
+    """Residual: halves the sides, a channels become b, in the first convolution (official code; in StyleGAN2,
+    in the second). The sum of two branches over sqrt 2 keeps their variance."""
 
     def __init__(self, a, b):
         super().__init__()
@@ -519,7 +518,9 @@ class DiT(nn.Module):
         x = self.trunk(self.enter(x) + self.pos_embed, condition)                                  # (B, M, D)
         return self.head((1 + scale) * self.norm(x) + shift)                                       # (B, M, e)
 
+
 # --- Objective ---------------------------------------------------------------
+#
 # V11  L = L_rec + beta L_kl + eta L_lpips + lambda L_gan          Eq. (1); L_rec is the mean squared error
 # V12  L_kl = 1/2 mean(mean^2 + exp(logvar) - 1 - logvar)          over tokens and channels (official code)
 # V13  L_lpips = sum over taps of mean over space of w . (unit(f) - unit(g))^2
@@ -529,7 +530,7 @@ class DiT(nn.Module):
 # V19  L_dit = mean (eps - eps')^2 + L_vb                          eps' predicted; a constant inside L_vb
 # V20  logvar_t = f log beta_t + (1 - f) log betatilde_t           f = (v + 1)/2, v predicted
 # V21  L_vb = KL(q(z_(t-1) | z_t, z) || p(z_(t-1) | z_t)) / log 2  bits per dimension, for t > 0
-# V22  L_vb = -log2 (cdf(z + 1/255) - cdf(z - 1/255))              for t = 0
+# V22  L_vb = -log2 (cdf(z + 1/255) - cdf(z - 1/255))              for t = 0, cdf of p(z_(t-1) | z_t)
 
 
 def kl_term(mean, logvar):
@@ -653,11 +654,12 @@ def loss_disc(disc, x, recon):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-# The linear schedule of DDPM for times 0 to 999; prev: one step earlier.
+# DDPM's linear schedule for times 0 to 999; prev: one step earlier. betatilde, the posterior variance, is 0
+# at time 0, which takes the logarithm of time 1.
 betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 alphas_cumprod = torch.cumprod(1 - betas, 0)
 alphas_cumprod_prev = torch.cat((torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]))
-posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)   # betatilde; 0 at time 0
+posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
 posterior_log_variance = posterior_variance.clamp(min=posterior_variance[1]).log()
 
 
@@ -673,9 +675,9 @@ def variational_bound(z, noisy, noise, v, time):
     logvar = low + (v + 1) / 2 * (high - low)                                                      # (B, M, c)
     clean = noisy - at((1 - alphas_cumprod).sqrt(), time, z) * noise                               # (B, M, c)
     clean = clean / at(alphas_cumprod.sqrt(), time, z)                                             # (B, M, c)
-    # True less predicted mean of z_(t-1): what z_t adds to both cancels, and at time 0 it adds nothing.
-    share = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)                                 # (1000)
-    gap = at(share, time, z) * (z - clean)                                                         # (B, M, c)
+    # The mean of z_(t-1) is linear in z and z_t. What z_t adds to the true and the predicted one cancels.
+    weight = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)                                # (1000)
+    gap = at(weight, time, z) * (z - clean)                                                        # (B, M, c)
     kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + gap.square() * (-logvar).exp())          # (B, M, c)
     first = time[:, None, None] == 0                                                               # (B, 1, 1)
     nats = torch.where(first, first_step_nats(z, gap, logvar), kl)                                 # (B, M, c)
@@ -683,18 +685,18 @@ def variational_bound(z, noisy, noise, v, time):
 
 
 def first_step_nats(z, gap, logvar):
-    """V22 in nats (B, M, c): the 8-bit likelihood of pixel diffusion, bins of 2/255, open at the ends. It is
-    kept although codes are not pixels (official code). gap: z less its predicted mean."""
-    deviations = (-0.5 * logvar).exp()                                                             # (B, M, c)
-    above = normal_cdf((gap + 1 / 255) * deviations)                                               # (B, M, c)
-    below = normal_cdf((gap - 1 / 255) * deviations)                                               # (B, M, c)
+    """V22 in nats (B, M, c): the likelihood of 8-bit pixels in bins of 2/255, open at the ends, which the
+    official code keeps for codes. gap: z less its predicted mean."""
+    precision = (-0.5 * logvar).exp()                                                              # (B, M, c)
+    above = normal_cdf((gap + 1 / 255) * precision)                                                # (B, M, c)
+    below = normal_cdf((gap - 1 / 255) * precision)                                                # (B, M, c)
     mass = torch.where(z > 0.999, 1 - below, above - below)                                        # (B, M, c)
     mass = torch.where(z < -0.999, above, mass)                                                    # (B, M, c)
     return -mass.clamp(min=1e-12).log()                                                            # (B, M, c)
 
 
 def normal_cdf(u):
-    """The normal distribution function, by the approximation with tanh that GELU uses, too."""
+    """The normal distribution function, by GELU's approximation with tanh."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
 
 
@@ -713,7 +715,9 @@ def loss_dit(model, batch, draws):
     bound = variational_bound(z, noisy, noise.detach(), v, time).mean()
     return mse + bound, {"mse": mse, "bound": bound}
 
+
 # --- Sampling ----------------------------------------------------------------
+#
 # V23  eps' = eps'(no label) + cfg_scale (eps'(label) - eps'(no label))
 # V24  z' = (z_t - sqrt(1 - abar_t) eps') / sqrt(abar_t)
 #      z_s = sqrt(abar_s) z' + sqrt(1 - abar_s - sigma^2) eps' + sigma n           from time t to the next, s
@@ -754,7 +758,9 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, eta=0.0):
             x = x + sigma * torch.randn(x.shape, generator=generator, device=y.device)             # (B, M, c)
     return x
 
+
 # --- Training ----------------------------------------------------------------
+#
 # V16  lambda(s) = lambda clip((s - s0) / s1, 0, 1)       s0 = 5 %, s1 = 50 % of the steps (official code)
 # V26  lr(s) = peak (low + (1 - low) rise)                rise: linear in the warm-up, then half a cosine
 
@@ -772,28 +778,27 @@ def clips(dataset, index):
 
 
 def draw(dataset, cfg, step, device, stage):
-    """One step's clips (B, 3, T, H, W) and labels (B,), and the draws of the losses by name.
+    """A step's clips (B, 3, T, H, W) and labels (B,), and the draws of all losses by name.
 
-    Drawn for the global batch, cut to this rank; all stages draw the same list, from streams of their own.
+    Drawn for the global batch B, cut to this rank's share; each stage has streams of its own.
     """
     B = stage_batch(cfg, stage)
     M = sizes(cfg).M
     generator = common.make_generator(cfg.seed, step, f"{stage} data")
     index = torch.randint(len(dataset), (B,), generator=generator)
     flip = torch.rand(B, generator=generator) < 0.5
-    draws = {"drop": torch.rand(B, generator=generator) < cfg.label_dropout,
-             "time": torch.randint(1000, (B,), generator=generator)}
-    halvings = torch.randint(4, (B,), generator=generator)
-    draws["length"] = (M // 2**halvings).clamp(min=1)       # V10: 32 to 256 of the paper's 256 tokens
+    drop = torch.rand(B, generator=generator) < cfg.label_dropout
+    time = torch.randint(1000, (B,), generator=generator)
+    length = (M // 2 ** torch.randint(4, (B,), generator=generator)).clamp(min=1)       # V10: 32 to 256
+    noise, eps = common.shard_noise((2, B, M, cfg.channels), cfg.seed, step, f"{stage} noise", device, axis=1)
+    draws = dict(drop=drop, time=time, length=length)
     draws = {name: common.shard(value).to(device) for name, value in draws.items()}
-    noises = common.shard_noise((2, B, M, cfg.channels), cfg.seed, step, f"{stage} noise", device, axis=1)
-    draws["noise"], draws["eps"] = noises
     index = common.shard(index).numpy()
     x = clips(dataset, index)
     if cfg.flip:
         x = torch.where(common.shard(flip)[:, None, None, None, None], x.flip(-1), x)
     y = torch.from_numpy(dataset.labels[index])
-    return (x.to(device), y.to(device)), draws
+    return (x.to(device), y.to(device)), {"noise": noise, "eps": eps, **draws}
 
 
 def ramp(step, start, length):
@@ -954,6 +959,7 @@ def train(cfg):
     print(f"target {TARGET}: {'MISSED: ' + ', '.join(missed) if missed else 'reached'}")
     return 1 if missed else 0
 
+
 # --- Checks ------------------------------------------------------------------
 
 
@@ -961,7 +967,7 @@ def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     for point in parse_sweep(cfg):
         sizes(point)
-    whole = cfg.batch_decoder % cfg.gpus == cfg.batch_dit % cfg.gpus == 0
+    whole = cfg.batch_decoder % cfg.gpus == 0 and cfg.batch_dit % cfg.gpus == 0
     common.require(whole, f"--batch_decoder, --batch_dit: must be multiples of --gpus {cfg.gpus}")
     fits = cfg.sweep or cfg.stage in ("ae", "dit") or math.log2(cfg.size).is_integer()
     common.require(fits, f"--size {cfg.size}: the discriminator needs a power of two; --stage ae does not")
@@ -1005,7 +1011,7 @@ def open_split(cfg, split, count=20_000):
 
 
 def judge(cfg, role):
-    """common.py's teacher or ruler; an untrained one for a run of a few steps."""
+    """common.py's teacher or ruler; for a run of a few steps, which is only a trial, an untrained one."""
     if cfg.steps >= 100:
         return common.judge(open_split(cfg, "judge", 10_000), role)
     torch.manual_seed(0)
@@ -1016,18 +1022,22 @@ def prepare(cfg):
     """Once, before the processes start: are there pictures and memory? Makes or fetches what is needed."""
     if cfg.sample or cfg.plan:
         return
-    K = len(open_split(cfg, "train", 10).classes)
+    train = open_split(cfg, "train")
+    test = open_split(cfg, "test", cfg.count)
+    print(data.describe({"train": train, "test": test}), flush=True)
+    data.require_images(open_split(cfg, "judge", 10), "judge", 2, "a judge")
+    K = len(train.classes)
     common.parse_classes(cfg.classes, K)
     for point in parse_sweep(cfg):
         common.require_memory(cfg, lambda: nn.ModuleList([Autoencoder(point), DiT(point, K)]))
-    open_split(cfg, "test", 10)
-    data.require_images(open_split(cfg, "judge", 10), "judge", 2, "a judge")
     perceptual_features(cfg, "cpu")
 
+
 # --- Command line ------------------------------------------------------------
-# V27  MACs = depth (S (4 D^2 + 3 D m) + 2 S^2 D) + N pi D + D code       of a side: S tokens of its trunk,
-#      m = int(2.67 D), pi = 3 q p p, code = M c floats, encoder 2 M c    scores and weighted sums: 2 S^2 D
-# V28  PSNR = 10 log10(4 / mean (x - x')^2)                               values lie in [-1, 1]
+#
+# V27  MACs of a side = depth (S (4 D^2 + 3 D m) + 2 S^2 D) + 3 q p p N D + code D
+#      S tokens in its trunk, m = int(2.67 D), code: the encoder's 2 M c outputs, the decoder's M c inputs
+# V28  PSNR = 10 log10(4 / mean (x - x')^2)       x' the reconstruction; values lie in [-1, 1]
 
 
 @torch.no_grad()
@@ -1171,9 +1181,9 @@ def decode_latents(cfg, tokenizer, where):
 
 
 def count_costs(cfg):
-    """What a configuration costs: parameters of both sides, and the MACs of their matrix products, V27.
+    """What a configuration costs: parameters and multiply-adds, V27.
 
-    The paper's "GFLOPs" are 10^9 MACs. Its Tab. 5 counts any tubelet as an image patch, pi = 768.
+    The paper's "GFLOPs" are 10^9 MACs. Its Tab. 5 counts any tubelet as a patch of 3 q p p = 768 values.
     """
     s = sizes(cfg)
     S = s.N + cfg.latents

@@ -330,6 +330,24 @@ def test_clips_are_judged_frame_by_frame():
         torch.testing.assert_close(terms[name], mixed[name], rtol=0, atol=1e-6)
 
 
+def test_reconstruction_losses_by_the_formula():
+    """V11 and V14: mse + beta KL + eta LPIPS - lambda mean D, each from numbers of its own."""
+    cfg = config(kl=0.3, perceptual=0.7)
+    model, disc, x, noise = build(cfg), vitok.Discriminator(32, 8).double(), normal(2, 3, 1, 32, 32), normal(2, 16, 4)
+    batch, draws = (x, None), {"noise": noise, "length": None}
+    recon, mean, logvar = model(x, noise)
+    mse = ((recon - x) ** 2).mean()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    lpips = perceptual(recon, x).mean()
+    value, losses = vitok.loss_ae(model, batch, draws, cfg, features)
+    torch.testing.assert_close(value, mse + 0.3 * kl + 0.7 * lpips)
+    torch.testing.assert_close(losses, {"mse": mse, "kl": kl, "lpips": lpips})
+    value, losses, _ = vitok.loss_decoder(model, batch, draws, cfg, features, disc, 0.05)
+    torch.testing.assert_close(value, mse + 0.3 * kl + 0.7 * lpips - 0.05 * disc(recon).mean())
+    value, losses = vitok.loss_ae(model, batch, draws, config(kl=0.3, perceptual=0.0), None)
+    assert losses.keys() == {"mse", "kl"} and torch.equal(value, losses["mse"] + 0.3 * losses["kl"])
+
+
 class Fixed(nn.Module):
     """A critic whose answer is the first pixel."""
 
@@ -640,7 +658,7 @@ def test_block_by_the_formula():
 
 
 def test_generator_objective_by_the_formula():
-    """V18 to V22: mean squared noise error + bits per dimension of the reverse step, one sample at a time in numpy."""
+    """V18, V19, V20, V21 and V22: mean squared noise error + bits per dimension of the reverse step, one sample at a time in numpy."""
     model, z, label = dit(config()), normal(4, 16, 4), torch.tensor([0, 4, 2, 1])
     draws = {"time": torch.tensor([0, 1, 500, 999]), "eps": normal(4, 16, 4, seed=2),
              "drop": torch.tensor([False, True, False, False])}
@@ -1097,6 +1115,21 @@ def test_sweep_prints_a_table_and_a_fit(tmp_path, monkeypatch, capsys):
     test = vitok.clips(vitok.open_split(cfg, "test", 12), np.arange(8))
     assert torch.equal(x[:, 0], test)
     torch.testing.assert_close(x[:, 2], vitok.load(cfg, cfg.sample)[0](test)[0].clamp(-1, 1))
+
+
+def test_figures_of_a_run_that_is_not_short(trained, monkeypatch, capsys):
+    """V28, a PSNR a clip and then the mean; and the ruler's accuracy on --count samples, so many of each class."""
+    monkeypatch.chdir(trained)
+    few(monkeypatch, 30)
+    monkeypatch.setattr(common, "judge", lambda split, role: lambda x: F.one_hot(torch.full((len(x),), 3), 10).float())
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", "runs/vitok/image/dit.pt", "--count", "29"])
+    cfg = dataclasses.replace(cfg, steps=100, sample="")
+    result = vitok.report(cfg, trained / "runs/vitok/image/dit.pt")
+    x, y, psnr = vitok.reconstruct(cfg, vitok.load(cfg, "runs/vitok/image/dit.pt")[0])
+    want = [10 * math.log10(4 / np.mean((a - b) ** 2)) for a, b in zip(x.double().numpy(), y.double().numpy())]
+    assert len(want) == 29 and result["psnr"] == psnr == pytest.approx(np.mean(want), rel=1e-5)
+    assert result["accuracy"] == 0.1 and y.abs().max() <= 1
+    assert "psnr" in capsys.readouterr().out
 
 
 def test_pictures_of_clips_are_animated_and_of_equal_rows(tmp_path):
