@@ -1224,8 +1224,8 @@ def test_samples_are_kept_where_export_says(name, frames, trained, monkeypatch):
 
 def recipe():
     """The README's command lines for latents of one's own, as (method, words)."""
-    text = (ROOT / "README.md").read_text().split("### Latents of your own")[1].split("```")[1]
-    return [(words[1].removesuffix(".py"), words[2:]) for words in map(str.split, text.strip().split("\n")[1:])]
+    lines = (ROOT / "README.md").read_text().split("from ViTok to ARFlow and back")[1].split("```")[1].strip().split("\n")[1:]
+    return [(words[1].removesuffix(".py"), words[2:]) for words in map(str.split, lines)]
 
 
 def test_recipe_vitok_then_arflow_then_decode(tmp_path, monkeypatch):
