@@ -18,7 +18,8 @@ Run:      python flextok.py                          demo, 3 minutes: error .081
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. F1 to F33 number
           the equations in the order of the method; the paper's own numbers are unknown.
-Scaled:   the demo: sizes, rates, start of the token vectors (std), shift of times, no REPA: see PRESETS.
+Scaled:   the demo: sizes, rates, start of the token vectors (std), shift of times, no REPA: see PRESETS, under
+          Training.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
           DINOv2 and FLAN-T5-XL (--teacher and --text read what they give; small stand-ins train here).
 Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions,
@@ -47,7 +48,7 @@ import torch.nn.functional as F
 @dataclasses.dataclass
 class Config:
     """Defaults are the paper's, where it or the published configuration tells; "paper unknown": a guess."""
-    preset: str = "demo"                    # where the values below start from; PRESETS stand under Training
+    preset: str = "demo"                    # where the values below start from
     data: str = "shapes"                    # shapes, cifar10, npz:PATH, folder:PATH or latents:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
     objects: int = 1                        # in [1, 4]: most objects in a drawn image
@@ -373,7 +374,8 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        D, patch_size = cfg.decoder * cfg.head, cfg.patch ** 2 * cfg.channels
+        D = cfg.decoder * cfg.head
+        patch_size = cfg.patch ** 2 * cfg.channels
         self.p, self.T, self.repa_layer = cfg.patch, cfg.max_time, cfg.repa_layer
         self.read = nn.Linear(len(parse_levels(cfg.levels)), D)
         self.embed = nn.Linear(patch_size, D)
@@ -487,7 +489,8 @@ class GPT(nn.Module):
 
     def __init__(self, cfg, names, empty):
         super().__init__()
-        D, V = cfg.gpt * cfg.head, math.prod(parse_levels(cfg.levels))
+        D = cfg.gpt * cfg.head
+        V = math.prod(parse_levels(cfg.levels))
         self.names = names
         self.is_text = cfg.condition == "text"
         self.register_buffer("empty", empty)
@@ -799,7 +802,8 @@ def open_conditions(cfg, dataset):
     if cfg.condition == "class":
         return dataset.labels, dataset.classes, torch.tensor(-1)
     if cfg.text:
-        states, wanted = read_states(cfg.text), len(dataset) + 1
+        states = read_states(cfg.text)
+        wanted = len(dataset) + 1
         common.require(len(states) == wanted, f"--text {cfg.text}: holds {len(states)} states; {wanted} are "
                        "wanted, of the training captions, then of the empty one")
         return states, [], torch.tensor(states[-1]).float()
@@ -812,11 +816,12 @@ def open_conditions(cfg, dataset):
 
 def encode_captions(captions, words, L):
     """Captions as word ids (M, L): 1 for the start, the words, zeros. UserError where one cannot be read."""
-    vocabulary = data.Vocabulary(words)
+    vocabulary = data.Vocabulary(words)                             # its id 3 is an unknown word
+    known = " ".join(words)
     rows = np.zeros((len(captions), L), np.int64)
     for row, caption in zip(rows, captions):
         ids = [1, *vocabulary.encode(caption)]
-        common.require(3 not in ids, f"unknown words in {caption!r}; known are: {' '.join(words)}")
+        common.require(3 not in ids, f"unknown words in {caption!r}; known are: {known}")
         common.require(len(ids) <= L, f"a caption has {len(ids) - 1} words; at most {L - 1} are read")
         row[:len(ids)] = ids
     return rows
@@ -956,7 +961,8 @@ def check(cfg):
 def open_split(cfg, split, count=20_000):
     """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
     found = data.open_data(cfg.data, split, size=cfg.size, objects=(1, cfg.objects), count=count)
-    shape, wanted = found.images.shape[1:], (cfg.channels, cfg.size, cfg.size)
+    shape = found.images.shape[1:]
+    wanted = (cfg.channels, cfg.size, cfg.size)
     common.require(shape == wanted, f"{cfg.data}: images {shape}; --channels and --size ask for {wanted}")
     return found
 
@@ -1054,7 +1060,8 @@ def chosen_conditions(gpt, cfg, count):
         labels = np.resize(common.parse_classes(cfg.classes, len(gpt.names)), count)
         return labels, [gpt.names[label] for label in labels]
     if cfg.text:
-        states, shape = read_states(cfg.text), tuple(gpt.empty.shape)
+        states = read_states(cfg.text)
+        shape = tuple(gpt.empty.shape)
         fits = states.shape[1:] == shape
         common.require(fits, f"--text {cfg.text}: states {states.shape[1:]}; the GPT reads {shape}")
         rows = np.arange(count) % len(states)
@@ -1078,7 +1085,8 @@ def show_samples(tokenizer, gpt, cfg, where):
 
 def report(cfg, path, where):
     """Pictures of a checkpoint and its errors, printed; 1 where the demo missed its target."""
-    tokenizer, gpt = load_tokenizer(cfg, path), load_gpt(cfg, path)
+    tokenizer = load_tokenizer(cfg, path)
+    gpt = load_gpt(cfg, path)
     if gpt:
         show_samples(tokenizer, gpt, cfg, where)
         if cfg.sample:
