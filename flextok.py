@@ -18,8 +18,7 @@ Run:      python flextok.py                          demo, 3 minutes: error .081
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. F1 to F33 number
           the equations in the order of the method; the paper's own numbers are unknown.
-Scaled:   the demo: sizes, rates, start of the token vectors (std), shift of times, no REPA: see PRESETS, under
-          Training.
+Scaled:   the demo (PRESETS, under Training): sizes, rates, start of the token vectors, shift of times; no REPA.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
           DINOv2 and FLAN-T5-XL (--teacher and --text read what they give; small stand-ins train here).
 Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions,
@@ -793,8 +792,14 @@ def open_teacher(cfg):
         teacher = judge.requires_grad_(False).to(device).spatial
     else:
         teacher = common.judge(open_split(cfg, "judge"), "teacher").to(device).spatial
-    features = teacher(torch.zeros(1, cfg.channels, cfg.size, cfg.size, device=device))
-    return teacher, features.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, cfg.channels, cfg.size, cfg.size, generator=generator).to(device)
+    alone, beside = teacher(x[:1])[0], teacher(x)[0]
+    # A file exported in training mode draws dropout, or takes norms over the batch.
+    frozen = (alone - beside).abs().max() <= 1e-3 * beside.abs().max()
+    common.require(frozen, f"--teacher {cfg.teacher}: an image's features change with the call; "
+                   "export it after .eval()")
+    return teacher, len(alone)
 
 
 def open_conditions(cfg, dataset):

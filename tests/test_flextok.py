@@ -1108,14 +1108,16 @@ def test_teacher_from_a_file(kind, tmp_path, monkeypatch, capsys):
             assert len(state["align.5.bias"]) == 5
 
 
-def test_a_teacher_from_a_file_is_frozen(tmp_path, monkeypatch):
-    """Saved in training mode, with dropout or batch norm, it neither draws nor moves."""
+def test_a_teacher_from_a_file_is_frozen(tmp_path, monkeypatch, capsys):
+    """Saved in training mode, with dropout or batch norm, it neither draws nor moves, or it is refused."""
     monkeypatch.chdir(tmp_path)
     for last in (torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(5)):
         save_teacher("teacher.pt", Features(0, last=last).train())
         features, S = flextok.open_teacher(config(size=8, repa=1.0, teacher="teacher.pt"))
         x = torch.randn(3, 3, 8, 8)
         assert S == 5 and torch.equal(features(x), features(x)) and torch.equal(features(x)[:1], features(x[:1]))
+        save_teacher("teacher.pt2", Features(0, last=last).train())
+        assert "--teacher teacher.pt2: an image's features change" in refused(run, [*TINY, "--teacher", "teacher.pt2"], capsys)
 
 
 def test_a_teacher_for_one_size_of_batch_is_refused(tmp_path, monkeypatch, capsys):
