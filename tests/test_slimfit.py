@@ -1182,6 +1182,23 @@ def test_a_class_that_test_lacks_keeps_its_place(monkeypatch):
     assert slimfit.metrics(slimfit.confusion(model, test, slimfit.class_half(test, 0)))["accuracy"] == 1
 
 
+@pytest.mark.optional
+def test_a_folder_whose_test_split_lacks_a_class_is_scored_right(tmp_path, monkeypatch, capsys):
+    """Three plain colours, the first of which has no test picture: the others' labels do not move up."""
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    for split, count, colours in (("train", 8, ("blue", "green", "red")), ("val", 4, ("green", "red"))):
+        for colour in colours:
+            (tmp_path / "colours" / split / colour).mkdir(parents=True)
+            for i in range(count):
+                image.new("RGB", (8, 8), colour).save(tmp_path / "colours" / split / colour / f"{i}.png")
+    torch.save(usual(slimfit.build_model(config(classes=3)), "vit"), tmp_path / "vit.bin")
+    command("--preset", "cifar10", "--data", "folder:colours", "--weights", "vit.bin", "--classes", "3", "--image", "8",
+            "--patch", "4", "--width", "16", "--depth", "2", "--heads", "2", "--steps", "40", "--batch", "8", "--lr", "0.01",
+            "--rate", "0.5", "--name", "run")
+    assert json.loads((tmp_path / "runs/slimfit/run/result.json").read_text())["last"]["accuracy"] == 1
+
+
 def test_broken_glue_row_names_its_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
