@@ -1,33 +1,26 @@
 """DetailFlow: 1D Coarse-to-Fine Autoregressive Image Generation via Next-Detail Prediction (arXiv 2505.21473)
 
-A tokenizer writes an image as N tokens, coarse to fine: the first n of them are the image at R(n) pixels, and
-R grows with n. A transformer predicts the next details, g tokens in one parallel step. Tokens drawn in
-parallel err, so both models learn to let later tokens make up for a wrong earlier one.
+A tokenizer writes an image as N tokens, coarse to fine: the first n of them are the image at R(n) pixels. A
+transformer predicts g tokens a step. Both learn to let later tokens make up for a wrong earlier one.
 
     [patches | query 1 ... N] -> encoder -> codebook -> token 1 ... N        a query sees its group and before
     [mask ... mask | token 1 ... n] -> decoder -> image of R(n) pixels       fewer tokens, fewer masks
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
 
-Run:      python detailflow.py                          demo: drawn shapes, both stages, pictures; 3 minutes
-          python detailflow.py --gpus 2                 the same in two processes
+Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .05 to .07, accuracy .54 to .65
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
-          --sample CHECKPOINT with --classes 6 --keep 8 (or 12px), with --encode F.npz or with --decode F.npz
-Demo:     error .050 to .067 of the variance, all 256 codes, class accuracy .54 to .65 (2 seeds, 2 CPU cores).
-Faithful: resolution law, targets, encoder, codebook, decoder, self-correction, losses, AR model, sampler.
-Scaled:   the demo's sizes, rates and losses. Departures for its speed and use of codes: --std and --kmeans.
-Left out: SigLIP2, DINO and LPIPS (--teacher reads one network for all, a small one trains here); DINO heads,
-          spectral norm, SyncBN of the discriminator (1x1 heads instead); the entropy loss (weight 0).
-Letters:  B images, C channels, R side of the image, f patch, P patches, N tokens, n of them kept, g group,
-          c first tokens, one by one, K codes, d their width, s first noisy token, e first token behind the
-          noise, D width, H heads, w = D / H, L positions, S features of the teacher; sg: stop-gradient.
-CUDA:     never run on CUDA.
-Read in this order: resolution, group_causal, VQ, Tokenizer, loss_tokenizer, AR, generate. 20 minutes.
+          --sample CHECKPOINT with --classes 6 --keep 8 (or 12px), with --encode F.npz or --decode F.npz
+Faithful: all that D1 to D20 say. Scaled: the demo's sizes, rates, losses; --std and --kmeans are our choices.
+Left out: SigLIP2, DINO and LPIPS (one --teacher for all); the discriminator's DINO heads; the entropy loss.
+Letters:  B images, C channels, R side, f patch, P patches, N tokens, n kept, g group, c first ones, K codes,
+          d their width, s to e noise, D width, H heads, w = D / H, S teacher's features; sg: stop-gradient.
+CUDA:     never run on CUDA. Read in this order: resolution, group_causal, VQ, Tokenizer, AR, generate.
 """
 
 import copy
 import dataclasses
-import hashlib
 import math
+import zlib
 from typing import ClassVar, Literal, NamedTuple
 
 import common  # before torch: it says how torch's threads wait
@@ -40,13 +33,11 @@ import torch.nn.functional as F
 
 # --- Configuration -----------------------------------------------------------
 
-
 @dataclasses.dataclass
 class Config:
     preset: str = "demo"            # where the values below start from
     data: str = "shapes"            # shapes, cifar10, npz:PATH or folder:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
-    objects: int = 1                # in [1, 4]: most objects in a drawn image
     size: int = 256                 # >= 2: side R of the image
     flip: bool = True               # flip each image left-right with probability 1/2
     zoom: float = 1.25              # >= 1: cut windows out of images enlarged by up to this (ar: 1.1)
@@ -106,10 +97,11 @@ class Config:
     out: str = ""                   # folder for what --sample writes; default: samples/ beside the checkpoint
     log: int = 100                  # >= 1: steps between log lines
     save: int = 5000                # >= 1: steps between checkpoints
-    sampling: ClassVar = ("data", "cfg_scale", "cfg_gradual", "temperature", "top_k", "top_p", "keep",
-                          "classes", "count", "encode", "decode")
+    sampling: ClassVar = ("data", "cfg_scale", "cfg_gradual", "temperature",    # what --sample may change
+                          "top_k", "top_p", "keep", "classes", "count", "encode", "decode")
 
-
+GUIDANCE = {128: 1.45, 256: 1.5, 512: 1.32}             # scale by N, official README
+SIZES = {"B": "768x12x12x2048", "L": "1024x24x16x2816", "XL": "1280x36x20x3584", "XXL": "1536x48x24x4096"}
 PAPER = dict(data="folder:imagenet", teacher="siglip2.pt", bf16=True, steps_ar=1_501_200)   # 250, 300 epochs
 PRESETS = {
     "demo": dict(size=16, flip=False, zoom=1.0, patch=4, tokens=16, group=4, causal=4, codes=256, near=32,
@@ -119,21 +111,15 @@ PRESETS = {
     "small": dict(data="cifar10", size=32, patch=4, tokens=32, group=4, causal=4, codes=1024,   # not yet run
                   encoder="256x6x4x1024", decoder="256x6x4x1024", gpt="384x8x6x1024", std=0.5, kmeans=1000,
                   gan_from=10_000, steps=40_000, batch=128, lr=1e-3, warmup=0.05, lr_ar=3e-4, ema=0.999),
-    "DetailFlow-16": PAPER | dict(tokens=128, cfg_scale=1.45),          # guidance: the official README
-    "DetailFlow-32": PAPER | dict(tokens=256, cfg_scale=1.5),
-    "DetailFlow-64": PAPER | dict(tokens=512, cfg_scale=1.32),
-    "DetailFlow-16-B": PAPER | dict(stage="ar", gpt="768x12x12x2048"),
-    "DetailFlow-16-L": PAPER | dict(stage="ar", gpt="1024x24x16x2816"),
-    "DetailFlow-16-XL": PAPER | dict(stage="ar", gpt="1280x36x20x3584"),
-    "DetailFlow-16-XXL": PAPER | dict(stage="ar", gpt="1536x48x24x4096"),
-    "DetailFlow-16x16": PAPER | dict(tokens=256, group=16, causal=16),  # Tab. 4: groups of 16
-}
-TARGET = dict(error=0.1, codes=128, accuracy=0.4)       # of the demo
+    **{f"DetailFlow-{N // 8}": PAPER | dict(tokens=N, cfg_scale=s) for N, s in GUIDANCE.items()},
+    **{f"DetailFlow-16-{size}": PAPER | dict(stage="ar", gpt=gpt) for size, gpt in SIZES.items()},
+    "DetailFlow-16x16": PAPER | dict(tokens=256, group=16, causal=16)}              # groups of 16, Tab. 4
+TARGET = dict(error=0.1, codes=128, accuracy=0.4)       # demo; two seeds: .050 256 .652, .067 256 .544
 
 # --- Building blocks ---------------------------------------------------------
 
 # D1  R(n) = R - (R - 1) ((N - n) / (N - 1))^alpha                    R(1) = 1, R(N) = R, Eq. (3)
-# D2  target(n) = bicubic(area mean(X, detail_side), image_side), target(N) = X
+# D2  target(n) = bicubic(area mean(X, detail_side(n)), image_side(n)), target(N) = X
 
 
 def admissible(cfg):
@@ -167,7 +153,7 @@ def image_side(n, cfg):
 
 
 def make_target(x, n, cfg):
-    """D2: what n tokens are to draw of images (B, C, R, R): blurred to the detail that they may know."""
+    """D2: what n tokens are to draw of images (B, C, R, R), without detail beyond R(n) pixels."""
     if n == cfg.tokens:
         return x
     blurred = F.interpolate(x, detail_side(n, cfg), mode="area")                              # (B, C, r, r)
@@ -175,7 +161,7 @@ def make_target(x, n, cfg):
 
 
 def group_causal(n, g, c):
-    """Whether a token (row) sees another (column), bool (n, n): all before it, and from c on its whole group.
+    """Whether a token (row) sees another (column), bool (n, n): those up to it, from c on its whole group.
 
     The AR model draws a group at once, so none of it comes first. Encoder and AR model share this mask.
     """
@@ -220,7 +206,7 @@ def rotary_embedding(N, g, w):
     """
     p = torch.arange(N - 1)[:, None]
     rate = 10_000.0 ** (-torch.arange(0, w // 2, 2) / (w // 2))
-    angle = torch.cat([p // g * rate, p % g * rate], 1)
+    angle = torch.cat([p // g * rate, p % g * rate], 1)         # p: of the tokens, the class comes in front
     return F.pad(torch.stack([angle.cos(), angle.sin()]), (0, 0, 1, 0))                         # (2, N, w/2)
 
 
@@ -273,7 +259,8 @@ def initialise(module, llama):
         if llama and p.ndim > 1:
             nn.init.normal_(p, std=0.02)
         elif p.ndim > 1:
-            for part in p.detach().split(p.shape[1] if name == "qkv.weight" else len(p)):
+            rows = len(p) // 3 if name == "qkv.weight" else len(p)
+            for part in p.detach().split(rows):
                 nn.init.xavier_uniform_(part)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
@@ -348,6 +335,7 @@ class Encoder(nn.Module):
         self.refined = gaussian(std, N, D)                      # queries of a second pass (D6)
         self.positions = gaussian(std, N, D)                    # for both kinds of queries
         self.blocks = nn.ModuleList(Block(D, H, m) for _ in range(depth))
+        # Rows see columns: all see the patches, queries those queries that group_causal allows.
         mask = torch.ones(self.P + N, self.P + N, dtype=torch.bool)
         mask[:, self.P:] = False
         mask[self.P:, self.P:] = group_causal(N, cfg.group, cfg.causal)
@@ -370,8 +358,8 @@ class Encoder(nn.Module):
             mask = self.mask[self.P:end, :end]                                                      # (n, L)
         kept = []
         for block, cache in zip(self.blocks, kv_cache):
-            h, (k, v) = block(h, mask, cache)
-            kept.append((k[:, :, :self.P], v[:, :, :self.P]))
+            h, kv = block(h, mask, cache)                                          # (B, m, D), (B, H, L, w)
+            kept.append([part[:, :, :self.P] for part in kv])
         return self.norm(h[:, -z.shape[1]:]), kept                                 # (B, n, D), (B, H, P, w)
 
 
@@ -457,16 +445,17 @@ class Tokenizer(nn.Module):
     def correct(self, x, s, u):
         """D6 on images (B, 3, R, R): noise from s on, (B,) or one for all, chosen by uniform draws u (B, N).
 
-        Returns vectors (2 B, N, d), the clean ones, then those corrected; a Triple; the losses as tokenize.
+        Returns vectors (2 B, N, d), clean ones, then corrected ones; a Triple; the losses as tokenize does.
         """
         cfg = self.cfg
         h, kv_cache = self.encode(x)                                               # (B, N, d), (B, H, P, w)
         q, ids, losses = self.vq(h)                                           # (B, N, d), (B, N), (2, B, N)
         place = torch.arange(cfg.tokens, device=x.device)                                              # (N)
         s = torch.as_tensor(s, device=x.device).expand(len(x))[:, None]                             # (B, 1)
-        late = place >= s + torch.where(s < cfg.causal, 1, cfg.group)                               # (B, N)
+        e = s + torch.where(s < cfg.causal, 1, cfg.group)                                           # (B, 1)
+        late = place >= e                                                                           # (B, N)
         noisy = (place >= s) & ~late                                                                # (B, N)
-        # corrupt; official code: the clean tokens ahead of the noise are constants as well.
+        # corrupt. Official code: the clean tokens ahead of the noise are constants as well.
         near = self.vq.nearest(h.detach(), cfg.near)                                             # (B, N, k)
         wrong = near.gather(2, (u * cfg.near).long()[..., None]).squeeze(2)                         # (B, N)
         prefix = torch.where(noisy[..., None], self.vq.vectors(wrong), q).detach()               # (B, N, d)
@@ -474,7 +463,7 @@ class Tokenizer(nn.Module):
         z = torch.where(late[..., None], self.encoder.refined, self.refine(prefix))              # (B, N, D)
         h2, _ = self.encoder(x, z + self.encoder.positions, kv_cache)              # (B, N, D), (B, H, P, w)
         q2, ids2, losses2 = self.vq(self.quant(h2))                           # (B, N, d), (B, N), (2, B, N)
-        # merge; 2N - e tokens were chosen by the two passes, the losses are a mean over them.
+        # merge. The two passes chose N and N - e tokens; the losses are means over all of these.
         q2 = torch.where(late[..., None], q2, prefix)                                            # (B, N, d)
         target = torch.where(late, ids2, ids)                                                       # (B, N)
         triple = Triple(ids, torch.where(noisy, wrong, target), target)                     # each (B, N)
@@ -483,9 +472,9 @@ class Tokenizer(nn.Module):
         return torch.cat([q, q2]), triple, losses                                # (2*B, N, d), (B, N), (2)
 
 
-# D9   reads     class  1  2  3  4  m  m  m  5  6  7  8          N = 12, c = g = 4: position p, from 0,
-#      predicts      1  2  3  4  5  6  7  8  9 10 11 12          predicts token p + 1; group_causal mask
-#      The masks m stand there once and ask for the first parallel group; later tokens ask for those g on.
+# D9  reads     class  1  2  3  4  m  m  m  5  6  7  8          N = 12, c = g = 4: position p, from 0,
+#     predicts      1  2  3  4  5  6  7  8  9 10 11 12          predicts token p + 1; group_causal mask
+#     The learned masks m stand there once, for the first parallel group; behind it token i asks for i + g.
 
 
 class AR(nn.Module):
@@ -494,22 +483,23 @@ class AR(nn.Module):
     def __init__(self, cfg, classes):
         super().__init__()
         D, depth, H, m = parse_network(cfg.gpt)
-        N, K, self.g, self.c = cfg.tokens, cfg.codes, cfg.group, cfg.causal
-        self.classes = classes                                  # label `classes`, if there, says nothing
-        self.table = nn.Embedding(K, D)
+        self.g = cfg.group
+        self.c = cfg.causal
+        self.classes = classes                                  # also the null label, where there is one
+        self.table = nn.Embedding(cfg.codes, D)
         self.label = nn.Embedding(classes + 1 if cfg.label_dropout else classes, D)
         self.blocks = nn.ModuleList(Block(D, H, m, True, cfg.dropout) for _ in range(depth))
         self.norm = nn.RMSNorm(D, 1e-5)
-        self.head = nn.Linear(D, K, bias=False)
+        self.head = nn.Linear(D, cfg.codes, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
         initialise(self, llama=True)
         nn.init.zeros_(self.head.weight)
         self.masks = gaussian(1.0, self.g - 1, D)               # official code: N(0, 1), unlike the rest
-        self.register_buffer("rotation", rotary_embedding(N, self.g, D // H), persistent=False)
-        self.register_buffer("mask", group_causal(N, self.g, self.c), persistent=False)
+        self.register_buffer("rotation", rotary_embedding(cfg.tokens, self.g, D // H), persistent=False)
+        self.register_buffer("mask", group_causal(cfg.tokens, self.g, self.c), persistent=False)
 
     def embed(self, ids, y):
-        """The upper row of D9 for ids (B, N), labels y (B,); cut, as c = N leaves no place for the masks."""
+        """The upper row of D9 for ids (B, N) and labels y (B,), cut to N: with c = N no mask has a place."""
         B, N = ids.shape
         z = self.table(ids)                                                                      # (B, N, D)
         start = self.label(y)[:, None]                                                           # (B, 1, D)
@@ -538,20 +528,20 @@ def make_discriminator(S):
 
 # --- Objective ---------------------------------------------------------------
 
-# D7   L = MSE + w_lpips LPIPS + L_codebook + 0.25 L_commit + w_gan L_gan + w_align L_align
+# D7  L = MSE + w_lpips LPIPS + L_codebook + 0.25 L_commit + w_gan L_gan + w_align L_align
 # D13  L_align = -cos(MLP(q_1), mean over places of the teacher's maps of X), q_1 clean, Eq. (4)
 # D14  w_lpips = min(1, step / 10,000), w_gan = 0.2 from step 40,000 on, steps counted from 1
 
 
 def weights(cfg, step):
-    """The weights of the losses (D14). `step` counts from 0, here as everywhere."""
+    """The weights of the losses (D14). `step` counts from 0, here as everywhere in this file."""
     lpips = cfg.perceptual * min(1, (step + 1) / max(cfg.ramp, 1))
     gan = cfg.gan if step + 1 >= cfg.gan_from else 0.0
     return {"mse": 1.0, "codebook": 1.0, "commit": 0.25, "align": cfg.align, "lpips": lpips, "gan": gan}
 
 
-# D16  n = N with probability 0.8, else uniform in 1 ... N - g and, above c, up to the end of its group
-# D17  s uniform in 0 ... n - 1 if n <= c, else in 0 ... n - g - 1 and, from c on, down to its group's start
+# D16  n = N with probability 1 - degrade, else uniform in 1 ... N - g; above c, up to the end of its group
+# D17  s uniform in 0 ... n - 1 if n <= c, else in 0 ... n - g - 1; from c on, down to the start of its group
 
 
 def prefix_length(u, v, cfg):
@@ -586,15 +576,18 @@ def augment(x, u, cut=0.2, chance=0.5):
     coloured, shifted, holed = (u[:, :3] < chance)[..., None].unbind(1)                    # each (B, 1)
     tint = torch.where(coloured, u[:, 3:6] - 0.5, 0)                                                # (B, 3)
     brightness, saturation, contrast = tint[..., None, None, None].unbind(1)             # each (B, 1, 1, 1)
+    # colour
     x = x + brightness                                                                        # (B, C, h, h)
     x = torch.lerp(x.mean(1, keepdim=True), x, 1 + 2 * saturation)                            # (B, C, h, h)
     x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, 1 + contrast)                          # (B, C, h, h)
+    # shift: rows and columns of the image with a black margin around it
     line = torch.arange(h, device=x.device)                                                            # (h)
     margin = round(h / 8)
     shift = torch.where(shifted, (u[:, 6:8] * (2 * margin + 1)).long(), margin)                     # (B, 2)
     rows, columns = (line + shift[..., None]).unbind(1)                                     # (B, h), (B, h)
     image = torch.arange(B, device=x.device)[:, None, None]                                      # (B, 1, 1)
-    x = F.pad(x, [margin] * 4)[image, :, rows[:, :, None], columns[:, None]]                  # (B, h, h, C)
+    x = F.pad(x, [margin] * 4)[image, :, rows[:, :, None], columns[:, None]]    # puts C last # (B, h, h, C)
+    # square
     side = round(h * cut)
     corner = (u[:, 8:] * (h + 1 - side % 2)).long() - side // 2                                     # (B, 2)
     past = line - corner[..., None]                                                              # (B, 2, h)
@@ -677,7 +670,7 @@ def loss_ar(model, batch, draws):
 
 # --- Sampling ----------------------------------------------------------------
 
-# D11  c tokens one by one, then groups: N tokens take c + (N - c) / g steps, g + N / g - 1 if c = g
+# D11  c tokens one by one, then groups of g: N tokens take c + (N - c) / g steps
 # D18  logits = null + s (cond - null); --cfg_gradual: s (N - i + g) / (N + g) in a step behind i >= c tokens
 
 
@@ -717,6 +710,7 @@ def generate(model, y, u, cfg, cached=True):
         if guided:
             cond, null = logits.chunk(2)                                            # (B, j-i, K), (B, j-i, K)
             logits = null + guidance(i, cfg) * (cond - null)                                     # (B, j-i, K)
+        # A distribution and a draw a token: the same draws give the same ids with and without a cache.
         rows = common.filter_logits(logits.flatten(0, 1), cfg.temperature, cfg.top_k, cfg.top_p)
         ids[:, i:j] = common.invert_distribution(rows, u[:, i:j].flatten()).view(B, -1)
     return ids[:, :n]                                                                               # (B, n)
@@ -840,11 +834,14 @@ def optimizer_ar(model):
 def renew_codes(model, dataset, cfg, step):
     """Our choice: at step --kmeans all codes become the spherical k-means of training images' latents.
 
-    After as many steps again, and in the first 70 % of them all, codes that were not used meanwhile become
-    such latents. Alike in all processes.
+    After as many steps again, as long as 70 % of all are not over, codes that nothing has chosen meanwhile
+    become such latents. Alike in all processes.
     """
-    late = step >= 0.7 * (cfg.steps_tokenizer or cfg.steps) and step > cfg.kmeans
-    if cfg.kmeans == 0 or step == 0 or step % cfg.kmeans or late:
+    total = cfg.steps_tokenizer or cfg.steps
+    first = step == cfg.kmeans
+    if cfg.kmeans == 0 or step == 0 or step % cfg.kmeans:
+        return
+    if step >= 0.7 * total and not first:
         return
     vq = model.vq
     generator = common.make_generator(cfg.seed, step, "codes")
@@ -853,7 +850,7 @@ def renew_codes(model, dataset, cfg, step):
     latents = common.in_blocks(lambda x: model.encode(x)[0], vq.codes.device, x)                 # (M, N, d)
     u = F.normalize(latents.flatten(0, 1), dim=1).to(vq.codes.device)                               # (m, d)
     codes = u[torch.randperm(len(u), generator=generator)[:cfg.codes]]                              # (K, d)
-    if step == cfg.kmeans:
+    if first:
         for _ in range(20):
             sums = torch.zeros_like(codes).index_add_(0, (u @ codes.T).argmax(1), u)                # (K, d)
             codes = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=1), codes)         # (K, d)
@@ -896,13 +893,15 @@ def train_tokenizer(cfg):
                 disc.means.lerp_(common.average(means), 0.001)
                 losses["disc"] = loss_disc(logits, disc.means, weight["gan"])
         opt.zero_grad()
-        value.backward(inputs=[*model.parameters()])            # none for the discriminator
+        # The adversarial loss of the tokenizer leaves no gradient in the discriminator.
+        value.backward(inputs=[*model.parameters()])
         if cfg.gan:
             losses["disc"].backward()
         common.average_gradients(params)
         for network in (model, disc):
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         opt.step()
+        # The share that each code has of the picks, over all processes: renew_codes reads their sum.
         picks = torch.bincount(ids.flatten(), minlength=cfg.codes).to(value.dtype)
         use = common.average(picks / ids.numel())
         model.vq.use += use
@@ -913,15 +912,17 @@ def train_tokenizer(cfg):
 def load(cfg, path):
     """From any checkpoint: tokenizer and averaged AR model (or None), both frozen, and the classes' names."""
     saved = common.read_checkpoint(path, "detailflow")
-    state, device, ar, names = saved["state"], common.device_of(cfg), None, []
-    tokenizer = Tokenizer(cfg, len(state.get("tokenizer", {}).get("align.4.bias", ()))).to(device)
-    common.load_into({"tokenizer": tokenizer.requires_grad_(False)}, saved, path)
-    if "ema" in state:
-        rows = len(state["ema"]["label.weight"])
-        ar = AR(cfg, rows - 1 if cfg.label_dropout else rows).to(device).requires_grad_(False).eval()
-        common.load_into({"ema": ar}, saved, path)
-        names = common.class_names(saved, ar.classes)
-    return tokenizer, ar, names
+    state = saved["state"]
+    device = common.device_of(cfg)
+    S = len(state.get("tokenizer", {}).get("align.4.bias", ()))
+    tokenizer = Tokenizer(cfg, S).to(device).requires_grad_(False)
+    common.load_into({"tokenizer": tokenizer}, saved, path)
+    if "ema" not in state:
+        return tokenizer, None, []
+    rows = len(state["ema"]["label.weight"])
+    ar = AR(cfg, rows - 1 if cfg.label_dropout else rows).to(device).requires_grad_(False).eval()
+    common.load_into({"ema": ar}, saved, path)
+    return tokenizer, ar, common.class_names(saved, ar.classes)
 
 
 def tokenizer_path(cfg):
@@ -1009,14 +1010,17 @@ def check(cfg):
 
 def open_split(cfg, split, count=20_000):
     """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
-    found = data.open_data(cfg.data, split, size=cfg.size, objects=(1, cfg.objects), count=count)
+    found = data.open_data(cfg.data, split, size=cfg.size, count=count)
     fits = found.images.shape[1:] == (3, cfg.size, cfg.size) and not found.latent
     common.require(fits, f"{cfg.data}: holds {found.images.shape[1:]}, not RGB pictures of --size {cfg.size}")
     return found
 
 
 def prepare(cfg):
-    """Once, before the processes start: memory, downloads, packing, what the run will need, the teacher."""
+    """Once, before the processes start: memory, downloads, packing, the teacher.
+
+    Whatever the run will need is looked at here, so that no mistake shows after hours of training.
+    """
     if cfg.sample:
         return
     common.require_memory(cfg, lambda: Tokenizer(cfg))
@@ -1067,7 +1071,8 @@ def show_prefixes(path, tokenizer, ids, names, extra=()):
 def show_noise(path, tokenizer, x, names):
     """correction.png and errors: a token or group is noise, the rest left as it was, or chosen again (D6)."""
     N, g, c = tokenizer.cfg.tokens, tokenizer.cfg.group, tokenizer.cfg.causal
-    columns, heads = [x], ["image"]
+    columns = [x]
+    heads = ["image"]
     for s in [0, *range(c, N - g, g)][:4]:
         end = s + 1 if s < c else s + g
         left, given, _ = encode_images(tokenizer, x, s).unbind(1)
@@ -1087,7 +1092,10 @@ def draw_samples(ar, cfg):
 
 
 def measure(tokenizer, cfg, where):
-    """Pictures of test images and their prefixes; the error with all tokens, and how many codes are used."""
+    """What the tokenizer makes of test images: prefixes.png, correction.png, and errors of all prefixes.
+
+    Returns the error with all tokens, and how many codes are in use.
+    """
     test = open_split(cfg, "test", cfg.count)
     x = test.pixels(np.arange(min(cfg.count, len(test)))).to(torch.get_default_dtype())
     common.require(len(x) > 1, f"--count {cfg.count} of {len(test)} test images: the error needs 2 or more")
@@ -1102,7 +1110,10 @@ def measure(tokenizer, cfg, where):
 
 
 def report(cfg, path, where):
-    """Pictures of a checkpoint and its figures, printed; 1 where the demo missed its target."""
+    """Pictures of a checkpoint and its figures, printed; 1 where the demo missed its target.
+
+    Accuracy: the share of generated images that the ruler, a classifier of real ones, puts into their class.
+    """
     tokenizer, ar, names = load(cfg, path)
     if ar:
         ids, y = draw_samples(ar, cfg)
@@ -1121,8 +1132,12 @@ def report(cfg, path, where):
 
 
 def read_tokens(cfg, codebook_hash):
-    """--decode: ids (M, n) cut to --keep; UserError where they are no tokens of this codebook."""
-    path, counts = cfg.decode, admissible(cfg)
+    """--decode: ids (M, n) cut to --keep; UserError where they are no tokens of this codebook.
+
+    Ids mean nothing with other codes, hence the checksum that --encode writes beside them.
+    """
+    path = cfg.decode
+    counts = admissible(cfg)
     with data.reading(path), np.load(path) as found:            # what --encode wrote
         ids = found["ids"].astype(np.int64)[:, :num_tokens(cfg)]
         theirs = str(found["codebook"])
@@ -1137,8 +1152,9 @@ def main(cfg):
     """Train, or use a checkpoint and write to --out alone; returns the exit code."""
     if not cfg.sample:
         return train(cfg)
-    tokenizer, where = load(cfg, cfg.sample)[0], common.sample_folder(cfg)
-    codebook_hash = hashlib.sha256(tokenizer.vq.codes.cpu().numpy().tobytes()).hexdigest()[:16]
+    tokenizer, _, _ = load(cfg, cfg.sample)
+    where = common.sample_folder(cfg)
+    codebook_hash = f"{zlib.crc32(tokenizer.vq.codes.cpu().numpy().tobytes()):08x}"
     if cfg.encode:
         dataset = open_split(cfg, "train")
         ids = encode_images(tokenizer, dataset.pixels(np.arange(len(dataset))))[:, 0].int().numpy()

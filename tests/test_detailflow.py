@@ -390,6 +390,7 @@ TOY = [(1, 1, 4), (2, 2, 4), (3, 3, 4), (4, 5, 8), (8, 10, 12), (12, 15, 16), (1
 
 
 def test_D1_resolution_law():
+    """D1 and its table for the paper's size, sides included."""
     for cfg in (PAPER, config(alpha=0.5), config(alpha=1.0), config(alpha=2.0)):
         N, R = cfg.tokens, cfg.size
         law = [detailflow.resolution(n, cfg) for n in range(1, N + 1)]
@@ -439,6 +440,7 @@ def chi_square(drawn, law):
 
 @pytest.mark.parametrize("cfg", [PAPER, config(), config(causal=6), config(group=1, causal=1, degrade=0.6)])
 def test_D16_prefix_lengths(cfg):
+    """D16: exact support, and the law by a chi-square test."""
     N, g, c = cfg.tokens, cfg.group, cfg.causal
     law = dict.fromkeys(detailflow.admissible(cfg), 0.0) | {N: 1 - cfg.degrade}
     for t in range(1, N - g + 1):
@@ -452,6 +454,7 @@ def test_D16_prefix_lengths(cfg):
 
 @pytest.mark.parametrize("cfg", [PAPER, config(), config(causal=6)])
 def test_D17_starts_of_noise(cfg):
+    """D17: exact support, the law by a chi-square test, and where the noise ends."""
     g, c = cfg.group, cfg.causal
     for n in [n for n in detailflow.admissible(cfg) if n > 1]:
         law, most = {}, n if n <= c else n - g
@@ -469,6 +472,7 @@ def test_D17_starts_of_noise(cfg):
 @torch.no_grad()
 @pytest.mark.parametrize("c", [3, 6])
 def test_D3_encoder_mask(c):
+    """D3: who sees whom, one change at a time."""
     model, x, cfg = tokenizer(causal=c), images(2), config(causal=c)
     e = model.encoder
     latents = (e.queries + e.positions)[None]
@@ -510,6 +514,7 @@ def test_D3_cache_of_the_patches_is_exact():
 
 
 def test_D5_decoder():
+    """D5: the plain decoder; positions belong to tokens."""
     model, q = tokenizer(), images(2).flatten(1)[:, :48].view(2, 12, 4).clone().requires_grad_()
     for n in detailflow.admissible(model.cfg):
         x = model.decode(q[:, :n])
@@ -526,6 +531,7 @@ def test_D5_decoder():
 
 
 def test_D4_quantiser():
+    """D4: nearest by angle, unit length, straight-through gradient."""
     vq, h = tokenizer().vq, torch.randn(2, 20, 4, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         vq.codes *= torch.rand(32, 1) * 5 + 0.1                         # raw codes have any length
@@ -575,6 +581,7 @@ STARTS = [(3, s) for s in (0, 2, 3, 6, 9)] + [(6, s) for s in (4, 5, 6, 9)]
 @torch.no_grad()
 @pytest.mark.parametrize("c, s", STARTS)
 def test_D6_triples(c, s):
+    """D6: what stands where, and the plain correction."""
     model, x, u = tokenizer(causal=c), images(4), uniform(4, 12)
     q, (clean, given, label), losses = model.correct(x, s, u)
     end, h = s + (1 if s < c else 3), model.encode(x)[0]
@@ -664,6 +671,7 @@ def test_D6_mix_of_the_vq_losses(c, s):
 
 @torch.no_grad()
 def test_D9_ar_input():
+    """D9: the upper row, the mask, and logits by the plain form."""
     for changes in (dict(), dict(causal=6), dict(group=1, causal=1), dict(group=4, causal=8)):
         cfg, model = config(**changes), ar(**changes)
         ids, y = torch.randint(32, (2, 12)), torch.tensor([4, 0])
@@ -742,6 +750,7 @@ def test_generation_equals_the_plain_loop(changes):
 
 @torch.no_grad()
 def test_D11_steps(monkeypatch):
+    """D11: how many steps, and which."""
     for N, g, steps in ((128, 8, 23), (256, 8, 39), (512, 8, 71), (256, 16, 31), (128, 4, 35), (128, 1, 128)):
         spans = list(detailflow.spans(N, g, g))
         assert len(spans) == steps == g + N // g - 1
@@ -770,6 +779,7 @@ def test_D10_initial_cross_entropy():
 
 @torch.no_grad()
 def test_D18_guidance_by_value(monkeypatch):
+    """D18: constant, and gradual from group to group."""
     y, u, M = torch.tensor([0, 4, 2]), uniform(3, 12), 4
     assert len(ar().label.weight) == 6 and len(ar(label_dropout=0.0).label.weight) == 5
     for s, gradual in itertools.product((0.0, 1.0, 2.5), (False, True)):
@@ -793,6 +803,7 @@ def alignment(model, x, features):
 
 @torch.no_grad()
 def test_D13_alignment():
+    """D13: minus the cosine between the head of the first clean vector and the teacher's mean."""
     model, x = tokenizer(5), images()
     maps = torch.randn(3, 5, 2, 3, dtype=torch.float64)
     value = alignment(model, x, lambda x: maps)
@@ -860,6 +871,7 @@ def test_patches_and_grid():
 
 
 def test_D12_rotary_embedding():
+    """D12: angles by row and column; products depend on their differences alone; the class is zero."""
     N, g, d = 21, 4, 16
     rotation = cos, sin = detailflow.rotary_embedding(N, g, d).double()
     for p in range(N):
@@ -935,7 +947,7 @@ def test_D7_adversarial_term_by_hand():
 
 
 def test_D14_schedules_of_the_losses():
-    """The official code counts its steps from 1 (global_step = train_steps + 1), the loop here from 0."""
+    """D14. The official code counts its steps from 1 (global_step = train_steps + 1), the loop here from 0."""
     cfg = detailflow.Config()
     w = {number: detailflow.weights(cfg, number - 1) for number in (1, 5000, 10_000, 39_999, 40_000, 10 ** 6)}
     assert [w[number]["lpips"] for number in w] == [1e-4, 0.5, 1, 1, 1, 1]
@@ -980,6 +992,7 @@ def test_D20_augmentation_by_hand(h, cut, chance):
 
 
 def test_D15_discriminator_step_by_hand():
+    """D15: hinge, LeCam and consistency from a loop over images."""
     disc, features, v = awake(detailflow.make_discriminator(5)), judge(), uniform(4, 4, 10)
     goal, recon = images(2, seed=3), images(2, seed=4)
     logits = detailflow.disc_logits(disc, features, recon, goal, v)
@@ -1003,6 +1016,7 @@ def test_D15_discriminator_step_by_hand():
 
 
 def test_D10_ar_step_by_hand():
+    """D10: a sum over sequences and positions; value and all gradients."""
     model, cfg, g = ar(), config(), torch.Generator().manual_seed(3)
     triples, y = torch.randint(32, (3, 4, 12), generator=g), torch.tensor([0, 1, 2, 3])
     noisy, drop = torch.tensor([True, False, True, False]), torch.tensor([False, False, True, True])
@@ -1103,6 +1117,7 @@ def test_first_training_steps_by_hand(tmp_path, monkeypatch):
 
 
 def test_D15_lecam_means_move_from_the_first_step_and_before_they_are_read(tmp_path, monkeypatch):
+    """D15: as the official code, with weight 0 until the discriminator starts."""
     monkeypatch.chdir(tmp_path)
     seen, original = [], detailflow.loss_disc
 
@@ -1187,6 +1202,7 @@ def test_ar_reads_triples_of_the_tokenizer(tmp_path, monkeypatch):
 
 
 def test_D8_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch):
+    """D8: 40 images, each with one noise, in 120 visits."""
     monkeypatch.chdir(tmp_path)
     starts, original = [], detailflow.Tokenizer.correct
 
@@ -1201,6 +1217,7 @@ def test_D8_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch):
 
 
 def test_D19_learning_rates_by_value():
+    """D19 by its formula, at first, last and turning steps."""
     cosine = lambda t, end: end + (1 - end) * (1 + math.cos(math.pi * t)) / 2
     cfg = config(steps=1000, steps_ar=500, batch=512, lr=1.0, lr_ar=1.0, warmup=0.004)
     rates = [detailflow.learning_rate(cfg, step) for step in (0, 2, 4, 50, 500, 1000)]
@@ -1362,7 +1379,6 @@ BAD = """--tokens 18 -> --tokens 18: must be a multiple of --group 4
 --gan inf -> --gan inf
 --lr_ar nan -> --lr_ar nan
 --zoom 0.5 -> --zoom 0.5
---objects 5 -> --objects 5
 --gan -1 -> --gan -1
 --align -1 -> --align -1
 --perceptual nan -> --perceptual nan
@@ -1503,7 +1519,7 @@ def test_generation_from_a_checkpoint(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(rounding="nearest", flip=False, objects=4, zoom=1.25, degrade=1, kmeans=0, std=0.5, correct=False, near=1),
+    dict(rounding="nearest", flip=False, zoom=1.25, degrade=1, kmeans=0, std=0.5, correct=False, near=1),
     dict(group=1, causal=1, top_k=3, temperature=0.5, cfg_scale=1, label_dropout=0, degrade=0, noisy=0, gan=0, near=16),
     dict(group=4, causal=4, top_p=0.5, cfg_gradual=True, perceptual=0, align=0, gan=0, noisy=1, ema=0, warmup=0, bf16=True),
     dict(causal=4, keep=4, classes="3,5", alpha=1, ema=1, warmup=1, ramp=0, gan_from=0, dropout=0.1, batch_ar=2),
