@@ -536,10 +536,8 @@ def train(cfg):
         common.ema_update(ema, model, cfg.ema)
         run.log(step, loss=value, **losses)
         run.save(step)                                                  # after a signal the process ends here
-        if common.rank() == 0 and run.due(step, cfg.save) and step + 1 < run.total:
-            preview(run, ema, cfg, dataset)                             # draws from its own generators
-    missed = common.rank() == 0 and not finish(run, ema, cfg, dataset)
-    return int(missed and start < run.total)                            # a finished run only shows its result
+        preview(run, step, ema, cfg, dataset)                           # draws from its own generators
+    return finish(run, start, ema, cfg, dataset)
 
 
 # --- Checks ------------------------------------------------------------------
@@ -613,27 +611,32 @@ def pictures(folder, snapshots, labels, names):
     common.png(folder / "denoising.png", np.stack(frames), seconds=0.25)
 
 
-def preview(run, ema, cfg, dataset):
-    """Pictures of two samples of each of the first ten classes; none of latents."""
-    if dataset.latent:
-        return
-    labels = np.tile(np.arange(min(10, len(dataset.classes))), 2)
-    _, snapshots = sample_many(ema, cfg, labels)
-    pictures(run.folder, snapshots, labels, dataset.classes)
-
-
-def finish(run, ema, cfg, dataset):
-    """Pictures, and what the ruler, a classifier apart from all training, says of cfg.count samples.
-
-    False: below TARGET, which holds for a run of exactly the demo's settings.
-    """
-    if not measured(cfg):
-        preview(run, ema, cfg, dataset)
-        run.say(f"done; draw with: python arflow.py --sample {run.checkpoint}")
-        return True
-    labels = np.arange(cfg.count) % len(dataset.classes)
+def draw_pictures(run, ema, cfg, dataset, count):
+    """Pictures of `count` samples, each class in turn; returns the images and their labels."""
+    labels = np.arange(count) % len(dataset.classes)
     images, snapshots = sample_many(ema, cfg, labels)
     pictures(run.folder, snapshots, labels, dataset.classes)
+    return images, labels
+
+
+def preview(run, step, ema, cfg, dataset):
+    """Pictures on the way, as often as checkpoints; none of latents."""
+    on_the_way = run.due(step, cfg.save) and step + 1 < run.total
+    if on_the_way and common.rank() == 0 and not dataset.latent:
+        draw_pictures(run, ema, cfg, dataset, 20)
+
+
+def finish(run, start, ema, cfg, dataset):
+    """Pictures, and what the ruler, a classifier apart from all training, says of cfg.count samples.
+
+    Returns the exit code: 1 below TARGET, which counts in a run of exactly the demo's settings. A finished
+    run only shows its result.
+    """
+    if common.rank() > 0 or dataset.latent:
+        return 0
+    images, labels = draw_pictures(run, ema, cfg, dataset, cfg.count if measured(cfg) else 20)
+    if not measured(cfg):
+        return 0
     pairs = torch.stack([images[:10], common.nearest(images[:10], dataset)], 1)
     common.columns_png(run.folder / "nearest.png", pairs, rows=["sample", "nearest"])
     ruler = common.judge(open_split(cfg, "judge"), "ruler")
@@ -645,10 +648,10 @@ def finish(run, ema, cfg, dataset):
         distances = "toy Frechet distance {distance:.1f}, real against real {floor:.1f}, {N} images each"
         run.say(distances.format(**result))
     if cfg.preset != "demo" or not common.is_preset(cfg, PRESETS):
-        return True
+        return 0
     reached = result["accuracy"] >= TARGET
     run.say(f"target {TARGET}: {'reached' if reached else 'MISSED'}")
-    return reached
+    return 0 if reached or start == run.total else 1
 
 
 def sample_checkpoint(cfg):

@@ -901,7 +901,7 @@ def test_a_frechet_distance_is_left_out_aloud_where_there_is_too_little(total, c
     arflow.prepare(cfg)
     said = capsys.readouterr().out
     assert f"test {total // 10}" in said
-    arflow.finish(common.Run(cfg), None, cfg, arflow.open_split(cfg, "train"))
+    arflow.finish(common.Run(cfg), 0, None, cfg, arflow.open_split(cfg, "train"))
     result = json.loads(Path("runs/arflow/few/result.json").read_text())
     assert result["N"] == N and 0 <= result["accuracy"] <= 1
     if N < 65:
@@ -939,21 +939,32 @@ def test_target_decides_the_exit_code(tmp_path, monkeypatch):
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, [])
     monkeypatch.setattr(arflow, "sample_many", lambda *_: (torch.zeros(200, 3, 16, 16), torch.zeros(100, 9, 3, 16, 16)))
     monkeypatch.setattr(common, "judge", lambda *_: None)
-    for accuracy, changed, reached in ((0.1, False, False), (0.99, False, True), (0.1, True, True)):
+    total = cfg.steps
+    for accuracy, changed, start, code in ((0.1, False, 0, 1), (0.99, False, 0, 0), (0.1, True, 0, 0), (0.1, False, total, 0)):
         result = dict(N=1, accuracy=accuracy, distance=0.0, floor=0.0)
         monkeypatch.setattr(common, "measure_samples", lambda *_: result)  # noqa: B023
         now = dataclasses.replace(cfg, **(dict(seed=1) if changed else {}))
-        assert arflow.finish(common.Run(now), None, now, arflow.open_split(now, "train", 100)) == reached
+        assert arflow.finish(common.Run(now), start, None, now, arflow.open_split(now, "train", 100)) == code
 
 
-@pytest.mark.parametrize("reached, code", [(True, 0), (False, 1)])
-def test_the_exit_code_of_a_run_and_of_its_resumption(reached, code, tmp_path, monkeypatch):
-    """Below the target: 1. A finished run that is resumed only shows its result: 0."""
+@pytest.mark.parametrize("save, drawn", [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])])
+def test_pictures_on_the_way_and_at_the_end(save, drawn, tmp_path, monkeypatch):
+    """At every checkpoint but the last, and once at the end."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(arflow, "finish", lambda *_: reached)
+    steps = []
+    monkeypatch.setattr(arflow, "draw_pictures", lambda run, *_: steps.append(run.finished) or (None, None))
+    log = common.Run.log
+    monkeypatch.setattr(common.Run, "log", lambda self, step, **values: setattr(self, "finished", step + 1) or log(self, step, **values))
+    run(*TINY, "--steps", "4", "--save", str(save))
+    assert steps == drawn
+
+
+def test_the_exit_code_is_that_of_the_end(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(arflow, "finish", lambda run, start, *_: seen.append(start) or 7)
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, TINY)
-    assert arflow.train(cfg) == code
-    assert arflow.train(dataclasses.replace(cfg, resume=True)) == 0
+    assert arflow.train(cfg) == arflow.train(dataclasses.replace(cfg, resume=True)) == 7 and seen == [0, 2]
 
 
 def test_a_latent_scale_may_have_one_number_a_channel(tmp_path, monkeypatch):
