@@ -34,7 +34,7 @@ import math
 import re
 import tempfile
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -190,6 +190,7 @@ def patchify(x, s):
 
     A Linear behind it makes V1's Conv3d, as one matrix product. s: Sizes.
     """
+    # T, H and W are cut into t x q, h x p and w x p.
     x = x.unflatten(4, (-1, s.p)).unflatten(3, (-1, s.p)).unflatten(2, (-1, s.q))   # (B, 3, t, q, h, p, w, p)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)                    # (B, t*h*w, 3*q*p*p)
 
@@ -306,8 +307,8 @@ class ModulatedBlock(Block):
         self.modulation = nn.Linear(D, 6 * D)
 
     def forward(self, x, rotary, condition):
-        six = self.modulation(condition)[:, None].chunk(6, 2)                                 # each (B, 1, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = six                  # each (B, 1, D)
+        modulation = self.modulation(condition)[:, None]                                         # (B, 1, 6*D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 2)
         y = (1 + scale_msa) * self.norm1(x) + shift_msa                                            # (B, N, D)
         x = x + gate_msa * self.attention(y, rotary)                                               # (B, N, D)
         y = (1 + scale_mlp) * self.norm2(x) + shift_mlp                                            # (B, N, D)
@@ -384,7 +385,8 @@ class Decoder(nn.Module):
         D = s.decoder[0]
         self.blank = nn.Parameter(torch.zeros(cfg.channels)) if cfg.masked else None
         self.from_code = nn.Linear(cfg.channels, D)
-        self.masks = nn.Buffer(sincos_pos_embed(s.N if cfg.latents else 0, D), persistent=False)
+        masks = s.N if cfg.latents else 0
+        self.masks = nn.Buffer(sincos_pos_embed(masks, D), persistent=False)
         self.trunk = Trunk(s.decoder, token_positions(s.grid, cfg.rope, cfg.latents), cfg)
         self.to_pixels = nn.Linear(D, s.values, bias=False)
         self.colour = nn.Parameter(torch.zeros(3, 1, 1, 1))
@@ -469,7 +471,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, size, D=512):
         super().__init__()
-        sides = [size // 2**k for k in range(int(math.log2(size)) - 1)]         # size, size / 2, ..., 4
+        sides = [2**k for k in range(int(math.log2(size)), 1, -1)]              # size, size / 2, ..., 4
         widths = [max(1, D * 32 // max(side, 32)) for side in sides]
         layers = [nn.Conv2d(3, widths[0], 3, padding=1), nn.LeakyReLU(0.2)]
         layers += [DiscriminatorBlock(a, b) for a, b in zip(widths, widths[1:])]
@@ -610,30 +612,30 @@ def lpips(x, y, features):
     return distance
 
 
-def reconstruction_losses(recon, mean, logvar, x, cfg, perceptual):
-    """V11 without the GAN -> value, and its unweighted parts for the log.
+def reconstruction_losses(recon, mean, logvar, x, cfg, features):
+    """V11 without the GAN -> value, and its unweighted parts for the log. features: as in lpips.
 
     Official code differs: an `=` for a `+=` overwrites the squared error by a tenth of a smoothed L1.
     """
     losses = {"mse": F.mse_loss(recon.to(x.dtype), x), "kl": kl_term(mean, logvar).mean()}
     value = losses["mse"] + cfg.kl * losses["kl"]
     if cfg.perceptual:
-        losses["lpips"] = lpips(recon, x, perceptual).mean()
+        losses["lpips"] = lpips(recon, x, features).mean()
         value = value + cfg.perceptual * losses["lpips"]
     return value, losses
 
 
-def loss_ae(model, batch, draws, cfg, perceptual):
+def loss_ae(model, batch, draws, cfg, features):
     """Stage 1: V11 with lambda = 0 for all weights -> value, losses. batch: clips (B, 3, T, H, W), labels.
 
     draws: noise (B, M, c) of the bottleneck, length (B,) of the masked variant.
     """
     x, _ = batch
     recon, mean, logvar = model(x, draws["noise"], draws["length"])
-    return reconstruction_losses(recon, mean, logvar, x, cfg, perceptual)
+    return reconstruction_losses(recon, mean, logvar, x, cfg, features)
 
 
-def loss_decoder(model, batch, draws, cfg, perceptual, disc, weight):
+def loss_decoder(model, batch, draws, cfg, features, disc, weight):
     """Stage 2: all of V11 for the decoder -> value, losses, reconstruction. batch and draws as in loss_ae.
 
     The encoder is frozen (see load), so the KL term is a constant. `weight` is lambda on its ramp; lambda is
@@ -641,7 +643,7 @@ def loss_decoder(model, batch, draws, cfg, perceptual, disc, weight):
     """
     x, _ = batch
     recon, mean, logvar = model(x, draws["noise"], draws["length"])
-    value, losses = reconstruction_losses(recon, mean, logvar, x, cfg, perceptual)
+    value, losses = reconstruction_losses(recon, mean, logvar, x, cfg, features)
     losses["gan"] = -disc(recon).to(x.dtype).mean()                                             # V14
     return value + weight * losses["gan"], losses, recon
 
@@ -767,8 +769,7 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, eta=0.0):
 
 def stage_batch(cfg, stage):
     """Clips a step of a stage, over all processes."""
-    own = {"ae": 0, "decoder": cfg.batch_decoder, "dit": cfg.batch_dit}[stage]
-    return own or cfg.batch
+    return getattr(cfg, f"batch_{stage}", 0) or cfg.batch
 
 
 def clips(dataset, index):
@@ -777,7 +778,7 @@ def clips(dataset, index):
     return x[:, :, None] if x.ndim == 4 else x.transpose(1, 2)
 
 
-def draw(dataset, cfg, step, device, stage):
+def draw(dataset, cfg, step, device, stage="ae"):
     """A step's clips (B, 3, T, H, W) and labels (B,), and the draws of all losses by name.
 
     Drawn for the global batch B, cut to this rank's share; each stage has streams of its own.
@@ -806,7 +807,7 @@ def ramp(step, start, length):
     return min(max((step - start) / length, 0.0), 1.0)
 
 
-def learning_rate(cfg, step, stage):
+def learning_rate(cfg, step, stage="ae"):
     """V26 (Sec. 2.3). Official code: the warm-ups, and the lows, 1e-5 of 4e-4 and, in stage dit, 3e-5."""
     if stage == "dit":
         peak, frames, low, warmup = cfg.lr_dit, 1, 0.075, 0.1
@@ -850,7 +851,7 @@ def train_ae(cfg):
     """Stage 1: all weights, without the GAN and without averaging (Sec. 2.3)."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
-    perceptual = perceptual_features(cfg, device)
+    features = perceptual_features(cfg, device)
     run = common.Run(cfg, "ae", classes=dataset.classes)
     run.seed_weights()
     model = Autoencoder(cfg).to(device)
@@ -858,10 +859,10 @@ def train_ae(cfg):
     start = run.restore(tokenizer=model, opt=opt)
     common.compile_blocks(cfg, model.blocks)
     for step in run.steps(start):
-        batch, draws = draw(dataset, cfg, step, device, "ae")
-        common.set_learning_rate(opt, learning_rate(cfg, step, "ae"))
+        batch, draws = draw(dataset, cfg, step, device)
+        common.set_learning_rate(opt, learning_rate(cfg, step))
         with common.autocast(cfg):
-            value, losses = loss_ae(model, batch, draws, cfg, perceptual)
+            value, losses = loss_ae(model, batch, draws, cfg, features)
         opt.zero_grad()
         value.backward()
         common.average_gradients(model.parameters())
@@ -878,7 +879,7 @@ def train_decoder(cfg):
     """
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
-    perceptual = perceptual_features(cfg, device)
+    features = perceptual_features(cfg, device)
     earlier = common.require_stage(cfg, "ae")                   # before Run, which may rename the folder
     run = common.Run(cfg, "decoder", classes=dataset.classes)
     run.seed_weights()
@@ -899,7 +900,7 @@ def train_decoder(cfg):
         common.set_learning_rate(opt_disc, peak_disc * ramp(step + 1, 0, run.total / 4))
         weight = cfg.gan * ramp(step, run.total / 20, run.total / 2)
         with common.autocast(cfg):
-            value, losses, recon = loss_decoder(model, batch, draws, cfg, perceptual, disc, weight)
+            value, losses, recon = loss_decoder(model, batch, draws, cfg, features, disc, weight)
             value_disc = loss_disc(disc, batch[0], recon)
         opt.zero_grad()
         value.backward(inputs=list(decoder.parameters()))       # and nothing into the discriminator
@@ -979,7 +980,10 @@ def check(cfg):
 
 
 def parse_sweep(cfg):
-    """The configurations of --sweep, each with a run folder of its own; without --sweep, cfg alone."""
+    """The configurations of --sweep, each with a run folder of its own; without --sweep, cfg alone.
+
+    Words MODEL:c,c,...: a MODEL as --model has it, or /P or /QxP for --model's trunks, with each c channels.
+    """
     if not cfg.sweep:
         return [cfg]
     points = []
@@ -988,7 +992,7 @@ def parse_sweep(cfg):
         common.require(found, f"--sweep {cfg.sweep!r}: write MODEL:c,c,... as in '/8:4,8 S-B/16:16'")
         model = found[1]
         if model.startswith("/"):
-            model = cfg.model.split("/")[0] + model             # --model's trunks with another tubelet
+            model = cfg.model.split("/")[0] + model
         for c in found[2].split(","):
             name = f"{cfg.name}-{model.replace('/', '-')}-c{c}"
             points.append(replace(cfg, model=model, channels=int(c), name=name, stage="ae", sweep=""))
@@ -1214,6 +1218,8 @@ def run_sweep(cfg):
     Figs. 2, 3: E decides (R^2 .92, 2.3 dB a doubling), whatever p, c and the cost; so compare tokenizers at
     equal E. Leaves sweep.png: originals, and their reconstructions for rising E, each E with its patch.
     """
+    if common.rank() == 0:
+        common.write_json(common.folder(cfg) / "config.json", asdict(cfg) | {"resume": False})  # for --resume
     rows = [count_costs(point) | {"point": point} for point in parse_sweep(cfg)]
     rows.sort(key=lambda row: (row["E"], row["point"].model))
     for row in rows:

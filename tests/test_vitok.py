@@ -1106,7 +1106,7 @@ def test_sweep_prints_a_table_and_a_fit(tmp_path, monkeypatch, capsys):
     assert [(row[0], *map(int, row[1:3])) for row in rows] == [
         ("12x1x2-12x2x2/4", 1, 4), ("12x1x2-12x2x2/4", 2, 8), ("12x1x2-12x1x2/2", 1, 16)]
     names = ["demo-12x1x2-12x2x2-4-c1", "demo-12x1x2-12x2x2-4-c2", "demo-12x1x2-12x1x2-2-c1"]
-    assert {path.name for path in (tmp_path / "runs/vitok").iterdir()} == set(names)
+    assert {path.name for path in (tmp_path / "runs/vitok").iterdir()} == {"demo", *names}
     # the picture: a column of originals, then one a code, for rising E
     ((path, x, titles, heads),) = drawn
     assert path.name == "sweep.png" and heads == ["original", "E4 p4", "E8 p4", "E16 p2"] and len(titles) == 8
@@ -1115,6 +1115,8 @@ def test_sweep_prints_a_table_and_a_fit(tmp_path, monkeypatch, capsys):
     test = vitok.clips(vitok.open_split(cfg, "test", 12), np.arange(8))
     assert torch.equal(x[:, 0], test)
     torch.testing.assert_close(x[:, 2], vitok.load(cfg, cfg.sample)[0](test)[0].clamp(-1, 1))
+    run("--resume", "--name", "demo")                                                  # a finished study shows its table
+    assert capsys.readouterr().out.splitlines()[-6:] == text.splitlines()[-6:]
 
 
 def test_figures_of_a_run_that_is_not_short(trained, monkeypatch, capsys):
