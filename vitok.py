@@ -307,8 +307,8 @@ class ModulatedBlock(Block):
         self.modulation = nn.Linear(D, 6 * D)
 
     def forward(self, x, rotary, condition):
-        modulation = self.modulation(condition)[:, None]                                         # (B, 1, 6*D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, 2)
+        modulation = self.modulation(condition)[:, None].chunk(6, 2)                          # each (B, 1, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation           # each (B, 1, D)
         y = (1 + scale_msa) * self.norm1(x) + shift_msa                                            # (B, N, D)
         x = x + gate_msa * self.attention(y, rotary)                                               # (B, N, D)
         y = (1 + scale_mlp) * self.norm2(x) + shift_mlp                                            # (B, N, D)
@@ -1059,7 +1059,7 @@ def reconstruct(cfg, tokenizer):
 
 @torch.no_grad()
 def draw_samples(cfg, tokenizer, generator, labels):
-    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), in blocks of 100 with random numbers each."""
+    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), in blocks of 100 that draw for themselves."""
     device = common.device_of(cfg)
     for number, y in enumerate(labels.to(device).split(100)):
         stream = common.make_generator(cfg.seed, number, "sample", device)
@@ -1125,11 +1125,16 @@ def export_samples(cfg, tokenizer, generator):
 @torch.no_grad()
 def export_latents(cfg, tokenizer):
     """--export of an auto-encoder: mean and logvar of the training split for `latents:FILE`, with --flip of
-    its mirror images, too. The scale brings what a reader samples, mean plus noise, to deviation 1; our own
-    generator takes codes as they are. Arrays wait on disk, so memory does not grow with the data set."""
+    its mirror images, too.
+
+    The scale brings what a reader samples, mean plus noise, to deviation 1; stage dit takes codes as they are.
+    Arrays wait on disk until they are one file: memory does not grow with the data set.
+    """
     dataset = open_split(cfg, "train")
     grid = (1, 1, cfg.latents) if cfg.latents else sizes(cfg).grid
-    shape = (len(dataset), cfg.channels, *grid) if cfg.frames > 1 else (len(dataset), cfg.channels, *grid[1:])
+    if cfg.frames == 1:
+        grid = grid[1:]
+    shape = (len(dataset), cfg.channels, *grid)
     parts = ("latents", "logvar") if cfg.variational else ("latents",)
     arrays = {}
     total = square = 0.0
@@ -1148,7 +1153,7 @@ def export_latents(cfg, tokenizer):
                 if name not in arrays:
                     path = f"{waiting}/{name}.npy"
                     arrays[name] = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-                arrays[name][rows] = code.transpose(1, 2).unflatten(2, shape[2:]).half().cpu()
+                arrays[name][rows] = code.transpose(1, 2).unflatten(2, grid).half().cpu()
         count = math.prod(shape)
         scale = (square / count - (total / count)**2) ** -0.5
         for name, array in dict(labels=dataset.labels, class_names=dataset.classes, scale=scale).items():
@@ -1165,8 +1170,10 @@ def export_latents(cfg, tokenizer):
 
 @torch.no_grad()
 def decode_latents(cfg, tokenizer, where):
-    """--decode: latents (M, c, h, w) or (M, c, t, h, w), unscaled as stored -> decoded.png, and all of them,
-    frame after frame, as FID tools read them: decoded.npz or --export."""
+    """--decode: latents (M, c, h, w) or (M, c, t, h, w), unscaled, as stored -> decoded.png with the first.
+
+    All go, frame after frame, as FID tools read them, to --export or decoded.npz.
+    """
     found = data.open_data(f"latents:{cfg.decode}", size=0)
     shape = (math.prod(found.images.shape[2:]), found.images.shape[1])
     wanted = (sizes(cfg).M, cfg.channels)
