@@ -719,23 +719,35 @@ def generate(model, y, u, cfg, cached=True):
 # --- Training ----------------------------------------------------------------
 
 
-def teacher(cfg):
-    """The frozen network behind the perceptual, adversarial and alignment losses; None where all are off.
+def open_teacher(cfg):
+    """The frozen network behind the perceptual, adversarial and alignment losses, and S, how many features.
 
-    A function of images to S maps (B, S, h, w). 'judge': a small classifier, untrained in a run of a few
-    steps. Official code differs: LPIPS gets small pictures as they are; enlarged, every network reads them.
+    A function of images to maps (B, S, h, w); None where those losses are off. 'judge': a small classifier,
+    untrained in a run of a few steps. UserError where a file is no such network, or draws or learns.
     """
     if cfg.stage == "ar" or cfg.align + cfg.gan + cfg.perceptual == 0:
-        return None
+        return None, 1
+    device = common.device_of(cfg)
     if cfg.teacher != "judge":
         network = common.load_teacher(cfg.teacher, 3, cfg.size)
+    elif cfg.steps >= 100:
+        network = common.judge(open_split(cfg, "judge"), "teacher").to(device).spatial
     else:
         torch.manual_seed(0)
-        judge = common.Judge(3, 32, 1).requires_grad_(False)
-        if cfg.steps >= 100:
-            judge = common.judge(open_split(cfg, "judge"), "teacher")
-        network = judge.to(common.device_of(cfg)).spatial
-    return lambda x: network(enlarge(x, cfg.size))
+        network = common.Judge(3, 32, 1).requires_grad_(False).to(device).spatial
+
+    def features(x):
+        # Official code differs: LPIPS gets small pictures as they are. Enlarged, every network reads them.
+        return network(enlarge(x, cfg.size))
+
+    x = torch.linspace(-1, 1, 6 * cfg.size ** 2, device=device).view(2, 3, cfg.size, cfg.size)
+    alone = features(x[:1])[0]                                                                   # (S, h, w)
+    beside = features(x)[0]                                                                      # (S, h, w)
+    # In training mode a file draws dropout, or takes norms over the batch.
+    frozen = (alone - beside).abs().max() <= 1e-3 * beside.abs().max()
+    common.require(frozen, f"--teacher {cfg.teacher}: an image's features change with the call; "
+                           "save it after .eval()")
+    return features, len(alone)
 
 
 def draw_images(dataset, cfg, step, stage, batch):
@@ -864,8 +876,7 @@ def train_tokenizer(cfg):
     """Stage 1: encoder, codebook and decoder, and their discriminator where --gan asks for one."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
-    features = teacher(cfg)
-    S = features(torch.zeros(1, 3, cfg.size, cfg.size, device=device)).shape[1] if features else 1
+    features, S = open_teacher(cfg)
     run = common.Run(cfg, "tokenizer", classes=dataset.classes)
     run.seed_weights()
     model = Tokenizer(cfg, S if cfg.align else 0).to(device)
@@ -1034,7 +1045,7 @@ def prepare(cfg):
     common.parse_classes(cfg.classes, len(train.classes))
     if cfg.tokenizer or cfg.stage == "ar":
         common.read_checkpoint(cfg.tokenizer or tokenizer_path(cfg), "detailflow")
-    teacher(cfg)
+    open_teacher(cfg)
 
 
 # --- Command line ------------------------------------------------------------
