@@ -643,6 +643,8 @@ class Scheduler:
         return {"distance": self.distance, "history": torch.stack(self.history)}
 
     def load_state_dict(self, state):
+        if not state["distance"].shape == state["history"].shape[1:] == self.distance.shape:
+            raise ValueError(f"not of {len(self.tensors)} tensors")
         self.distance = state["distance"].cpu()
         self.history = list(state["history"].cpu())
 

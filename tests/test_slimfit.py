@@ -734,6 +734,18 @@ def test_a_frozen_state_comes_back_from_a_checkpoint():
     assert torch.equal(other.distance, scheduler.distance) and len(other.history) == 3
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state.update(distance=state["distance"][:3]), "scheduler: not of 12 tensors"),
+    (lambda state: state.update(history=state["history"][:, :3]), "scheduler: not of 12 tensors"),
+    (lambda state: state.update(distance="far"), "scheduler: "), (lambda state: state.pop("history"), "scheduler: ")])
+def test_a_damaged_scheduler_is_one_line(change, message):
+    model, scheduler = fit(config(depth=1), steps=2)
+    state = scheduler.state_dict()
+    change(state)
+    with pytest.raises(common.UserError, match=f"last.pt: does not fit.*{message}"):
+        common.load_into({"scheduler": slimfit.Scheduler(model, config(depth=1))}, {"state": {"scheduler": state}}, "last.pt")
+
+
 def test_head_is_exempt_by_default():
     cfg = config(freeze_head=False, rate=0.9, steps=5)
     model, scheduler = fit(cfg, steps=5)
