@@ -950,7 +950,7 @@ class Pipeline:
                     buffer.copy_(values)
                 moved = ", ".join(name for name in before if before[name] != after[name])
                 common.require(not moved, f"{self.name_layer(k, i)}: forward changes {moved} in training, "
-                               "and recomputation would again: use gpipe.stage_dropout and gpipe.BatchNorm, or "
+                               "recomputation again: use gpipe.stage_dropout and gpipe.BatchNorm, or "
                                'checkpoint "never"')
             require_tensors(x, f"{self.name_layer(k, i)} returns")
         self.probed = True
