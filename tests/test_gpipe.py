@@ -1103,6 +1103,34 @@ def test_every_option_runs(words, capsys, tmp_path, monkeypatch):
     assert ("8 samples in 8 micro-batches" in out) == ("20" in words)
 
 
+@pytest.mark.parametrize("preset,right,code", [("demo", 0.95, 0), ("demo", 0.94, 1), ("small", 0.0, 0)])
+def test_the_demo_fails_below_its_target(preset, right, code, tmp_path, monkeypatch):
+    """Only the demo's own settings are held to its target; --sample and other presets have none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "is_preset", lambda cfg, presets: True)
+    monkeypatch.setattr(gpipe, "answer", lambda *_: right)
+    cfg = common.cli(gpipe.Config, gpipe.PRESETS, gpipe.__doc__, SMALL)
+    cfg.preset = preset
+    assert gpipe.train(cfg) == code
+
+
+def test_a_sample_goes_where_out_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command([*SMALL])
+    command(["--sample", "runs/gpipe/demo/last.pt", "--out", "there"])
+    assert (tmp_path / "there/predictions.txt").exists() and not (tmp_path / "runs/gpipe/demo/samples").exists()
+
+
+def test_a_checkpoint_carries_its_classes(tmp_path, monkeypatch):
+    """Answers of --sample have the names of the classes that were trained on."""
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "d.npz", images=np.zeros((20, 8, 8, 3), np.uint8), labels=np.arange(20) % 2, class_names=["left", "right"])
+    command("--model amoebanet-d --size 8 --layers 3 --width 4 --steps 1 --batch 4 --micro 2 --data npz:d.npz".split())
+    assert common.read_checkpoint("runs/gpipe/demo/last.pt", "gpipe")["classes"] == ["left", "right"]
+    command(["--sample", "runs/gpipe/demo/last.pt"])
+    assert set(re.findall(r"\w+", (tmp_path / "runs/gpipe/demo/samples/predictions.txt").read_text())) <= {"left", "right", "wrong"}
+
+
 def test_sample_translates_with_other_stages(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command([*SMALL, "--stages", "2"])
