@@ -1379,6 +1379,7 @@ BAD = """--tokens 18 -> --tokens 18: must be a multiple of --group 4
 --gan inf -> --gan inf
 --lr_ar nan -> --lr_ar nan
 --zoom 0.5 -> --zoom 0.5
+--objects 5 -> --objects 5
 --gan -1 -> --gan -1
 --align -1 -> --align -1
 --perceptual nan -> --perceptual nan
@@ -1519,7 +1520,7 @@ def test_generation_from_a_checkpoint(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(rounding="nearest", flip=False, zoom=1.25, degrade=1, kmeans=0, std=0.5, correct=False, near=1),
+    dict(rounding="nearest", flip=False, objects=4, zoom=1.25, degrade=1, kmeans=0, std=0.5, correct=False, near=1),
     dict(group=1, causal=1, top_k=3, temperature=0.5, cfg_scale=1, label_dropout=0, degrade=0, noisy=0, gan=0, near=16),
     dict(group=4, causal=4, top_p=0.5, cfg_gradual=True, perceptual=0, align=0, gan=0, noisy=1, ema=0, warmup=0, bf16=True),
     dict(causal=4, keep=4, classes="3,5", alpha=1, ema=1, warmup=1, ramp=0, gan_from=0, dropout=0.1, batch_ar=2),
