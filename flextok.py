@@ -18,7 +18,7 @@ Run:      python flextok.py                          demo, 3 minutes: error .081
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. F1 to F33 number
           the equations in the order of the method; the paper's own numbers are unknown.
-Scaled:   the demo (PRESETS, under Training): sizes, rates, start of the token vectors, shift of times; no REPA.
+Scaled:   the demo (PRESETS, under Training): sizes, rates, start of token vectors, shift of times; no REPA.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
           DINOv2 and FLAN-T5-XL (--teacher and --text read what they give; small stand-ins train here).
 Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions,
@@ -47,6 +47,7 @@ import torch.nn.functional as F
 @dataclasses.dataclass
 class Config:
     """Defaults are the paper's, where it or the published configuration tells; "paper unknown": a guess."""
+
     preset: str = "demo"                    # where the values below start from
     data: str = "shapes"                    # shapes, cifar10, npz:PATH, folder:PATH or latents:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
@@ -896,7 +897,7 @@ def train_ar(cfg):
     dataset = open_split(cfg, "train")
     tokenizer = load_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
     conditions, names, empty = open_conditions(cfg, dataset)
-    run = common.Run(cfg, "ar", classes=names)
+    run = common.Run(cfg, "ar", classes=names)                      # of a text run: the words, for load_gpt
     run.seed_weights()
     model = GPT(cfg, names, empty).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)

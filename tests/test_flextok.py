@@ -921,6 +921,76 @@ def test_samples_carry_class_names_and_go_where_out_says(tmp_path, monkeypatch):
     assert before == {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")}
 
 
+def step_by_hand(model, ema, opt, value, rate):
+    """One step of AdamW at a rate, gradients cut to a length of 1, averages of decay .9."""
+    opt.zero_grad()
+    value.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    length = math.sqrt(sum(g.square().sum().item() for g in grads))
+    for g in grads:
+        g.mul_(min(1.0, 1 / (length + 1e-6)))
+    for group in opt.param_groups:
+        group["lr"] = rate
+    opt.step()
+    with torch.no_grad():
+        for average, weight in zip(ema.parameters(), model.parameters()):
+            average.copy_(0.9 * average + 0.1 * weight)
+
+
+def rate_by_hand(step, peak):
+    """Six steps, half of them warming up."""
+    return peak * (0.01 + 0.99 * (step / 3 if step < 3 else 0.5 + 0.5 * math.cos(math.pi * (step - 3) / 3)))
+
+
+def test_both_stages_by_value(tmp_path, monkeypatch):
+    """Two hand-written loops end in the weights of the run: F20 to F22, then F29, with every draw in its own place."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        run(*TINY, "--steps", "6", "--repa", "0", "--flip", "--null", "0.5", "--warmup", "0.5", "--ema", "0.9", "--crop", "1.5",
+            "--label_dropout", "0.5", "--shift", "1")
+        stored = {stage: torch.load(f"runs/flextok/demo/{stage}.pt", weights_only=True) for stage in ("tokenizer", "ar")}
+        cfg, stream = flextok.Config(**stored["tokenizer"]["config"]), common.make_generator
+        train = data.open_data("shapes", "train", 8, count=200)
+
+        def batch(step, stage):
+            g = stream(0, step, f"{stage} data")
+            index, u = torch.randint(200, (4,), generator=g), torch.rand(4, 5, generator=g)
+            x = torch.from_numpy(train.images[index.numpy()]).float() / 127.5 - 1
+            return index, u, torch.stack([image.flip(2) if flip < 0.5 else image for image, flip in zip(x, u[:, 0])]).double()
+
+        torch.manual_seed(stream(0, 0, "tokenizer weights").initial_seed())
+        model = flextok.Tokenizer(cfg)
+        ema, opt = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+        for step in range(6):
+            _, u, x = batch(step, "tokenizer")
+            noise = torch.randn(4, 3, 8, 8, generator=stream(0, step, "tokenizer noise"))
+            t = 1 - u[:, 1] - 0.25 * (torch.cos(math.pi / 2 * u[:, 1]) ** 2 - 1 + u[:, 1])
+            k = torch.tensor([(1, 2, 4)[int(3 * a)] for a in u[:, 2]])
+            point = torch.stack([t[b] * noise[b] + (1 - t[b]) * x[b] for b in range(4)])
+            v = model.decoder(point, t, model.fsq(model.encoder(x))[0], k, u[:, 3] < 0.5)[0]
+            step_by_hand(model, ema, opt, (v - (noise - x)).square().mean(), rate_by_hand(step, 2e-3))
+        tokenizer = ema
+
+        torch.manual_seed(stream(0, 0, "ar weights").initial_seed())
+        gpt = flextok.GPT(cfg, [*map(str, range(10))], torch.tensor(-1))
+        average, opt = copy.deepcopy(gpt), torch.optim.AdamW(gpt.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+        for step in range(6):
+            index, u, x = batch(step, "ar")
+            large = F.interpolate(x.float(), (12, 12), mode="bilinear").double()
+            x = torch.stack([image[:, int(5 * a):int(5 * a) + 8, int(5 * b):int(5 * b) + 8] for image, a, b in zip(large, u[:, 1], u[:, 2])])
+            ids = tokenizer.fsq(tokenizer.encoder(x))[1]
+            labels = torch.where(u[:, 3] < 0.5, -1, torch.from_numpy(train.labels[index.numpy()]))
+            value = -gpt(ids, labels).log_softmax(-1).gather(2, ids[..., None]).mean()
+            step_by_hand(gpt, average, opt, value, rate_by_hand(step, 3e-3))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for saved, parts in ((stored["tokenizer"], {"model": model, "ema": ema}), (stored["ar"], {"model": gpt, "ema": average, "tokenizer": ema})):
+        for part, module in parts.items():
+            for name, weight in module.state_dict().items():
+                close(saved["state"][part][name], weight, 1e-9)
+
+
 @pytest.mark.parametrize("preset", flextok.PRESETS)
 def test_every_preset_runs_from_its_first_step_to_its_last_picture(preset, trained, tmp_path, monkeypatch):
     """Narrow, short and on small files, but with the stages, conditions, teachers and laws that the preset asks for."""
