@@ -258,8 +258,10 @@ def sincos_pos_embed(N, D):
 
 
 class Attention(nn.Module):
-    """Softmax over all tokens, of all frames: nothing is causal in time. No bias on q, k and v, no norm of q
-    and k; values are not rotated. Official code differs: it builds a causal mask and never passes it on."""
+    """Softmax over all tokens of all frames, not causal in time; no bias on q, k, v, no norm of q and k.
+
+    Official code differs: it builds a causal mask, and never passes it on.
+    """
 
     def __init__(self, D, H):
         super().__init__()
@@ -346,10 +348,10 @@ class Trunk(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Clips -> mean and log-variance of M tokens of c channels, V1 and V2; M = N.
+    """Clips -> mean and log-variance of M = N tokens of c channels, V1 and V2.
 
-    Latent variant: l frozen tokens go in front and only their outputs are kept, M = l, whatever p is. E = M c
-    counts the means alone: nobody sends variances.
+    Latent variant, V9: l frozen tokens go in front, and only their outputs are kept: M = l, whatever p is.
+    E = M c counts the means alone: nobody sends variances.
     """
 
     def __init__(self, cfg):
@@ -368,7 +370,8 @@ class Encoder(nn.Module):
         x = self.embed(patchify(x, self.sizes))                                                    # (B, N, D)
         queries = self.queries.expand(len(x), -1, -1)                                              # (B, l, D)
         x = self.trunk(torch.cat((queries, x), 1))                                               # (B, l+N, D)
-        code = self.to_code(x[:, :self.sizes.M]).to(self.to_code.weight.dtype)                # (B, M, e)
+        x = self.to_code(x[:, :self.sizes.M])                                                      # (B, M, e)
+        code = x.to(self.to_code.weight.dtype)              # float32 again, behind autocast       # (B, M, e)
         if not self.variational:
             return code, None                                                           # (B, M, e), (B, M, e)
         mean, logvar = code.chunk(2, 2)                                                 # (B, M, c), (B, M, c)
@@ -376,8 +379,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes -> clips, V5; no tanh, no clamp (metrics clamp). Larger than the encoder: size pays only here
-    (Figs. 6 to 8). Latent variant: frozen mask tokens go behind the code, and their outputs are kept."""
+    """Codes -> clips, V5, without tanh or clamp. Larger than the encoder: size pays only here (Figs. 6 to 8).
+
+    Latent variant, V9: N frozen tokens go behind the code, and only their outputs are kept.
+    """
 
     def __init__(self, cfg):
         super().__init__()
@@ -410,7 +415,7 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.apply(initialise)
-        # Official code: of the two convolutions at the ends, these three keep PyTorch's default.
+        # Official code: V1's bias and all of V5 keep the default of PyTorch's convolutions.
         bound = self.encoder.embed.in_features ** -0.5
         for tensor in (self.encoder.embed.bias, self.decoder.to_pixels.weight, self.decoder.colour):
             nn.init.uniform_(tensor, -bound, bound)
@@ -442,8 +447,7 @@ def bottleneck(mean, logvar, noise):
 
 
 def blur(x):
-    """Halve x (B, C, H, W) behind StyleGAN's filter [1, 3, 3, 1]: a bare stride of 2 would fold fine detail
-    into coarse."""
+    """Halve x (B, C, H, W) behind StyleGAN's filter [1, 3, 3, 1], against aliasing."""
     line = x.new_tensor([1, 3, 3, 1]) / 8
     kernel = (line[:, None] * line).expand(x.shape[1], 1, 4, 4)                                 # (C, 1, 4, 4)
     return F.conv2d(x, kernel, stride=2, padding=1, groups=len(kernel))                         # (B, C, h, w)
@@ -466,13 +470,13 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """StyleGAN-type critic of single frames, residual, down to 4 x 4 pixels, without minibatch statistics,
-    equalised rates or gradient penalty: small steps (--lr_disc) have to keep it in check."""
+    """StyleGAN-type critic of single frames, down to 4 x 4 pixels, without minibatch statistics, equalised
+    rates or gradient penalty: small steps (--lr_disc) have to keep it in check."""
 
     def __init__(self, size, D=512):
         super().__init__()
         sides = [2**k for k in range(int(math.log2(size)), 1, -1)]              # size, size / 2, ..., 4
-        widths = [max(1, D * 32 // max(side, 32)) for side in sides]
+        widths = [max(1, D * 32 // max(side, 32)) for side in sides]            # D up to 32, then halved
         layers = [nn.Conv2d(3, widths[0], 3, padding=1), nn.LeakyReLU(0.2)]
         layers += [DiscriminatorBlock(a, b) for a, b in zip(widths, widths[1:])]
         layers += [nn.Conv2d(D, D, 3, padding=1), nn.LeakyReLU(0.2), nn.Flatten()]
@@ -486,9 +490,9 @@ class Discriminator(nn.Module):
 
 
 class DiT(nn.Module):
-    """Class-conditional diffusion transformer on codes, one token each, not patchified (Sec. 2.3).
+    """Class-conditional diffusion transformer on codes, not patchified (Sec. 2.3).
 
-    Positions: a learned table, and 1-D rotary angles for clips too. Its norms, unlike DiT's, have weights.
+    Positions: a learned table, and 1-D rotary angles, for clips too. Its norms, unlike DiT's, have weights.
     """
 
     def __init__(self, cfg, classes):
@@ -514,8 +518,8 @@ class DiT(nn.Module):
 
     def forward(self, x, time, label):
         """Noisy codes (B, M, c), times (B,), labels (B,) -> noise, and v of the variance, in 2 c channels."""
-        waves = timestep_embedding(time).to(x.dtype)                                                  # (B, E)
-        condition = F.silu(self.time(waves) + self.label(label))                                      # (B, D)
+        time = self.time(timestep_embedding(time).to(x.dtype))                                        # (B, D)
+        condition = F.silu(time + self.label(label))                                                  # (B, D)
         shift, scale = self.modulation(condition)[:, None].chunk(2, 2)                  # (B, 1, D), (B, 1, D)
         x = self.trunk(self.enter(x) + self.pos_embed, condition)                                  # (B, M, D)
         return self.head((1 + scale) * self.norm(x) + shift)                                       # (B, M, e)
@@ -536,9 +540,9 @@ class DiT(nn.Module):
 
 
 def kl_term(mean, logvar):
-    """V12 of each clip (B,). It is half the MEAN, so beta means the same at any E; not variational: 0.
+    """V12 of each clip (B,): half the MEAN, so that beta means the same at any E; 0 if not variational.
 
-    It hardly regularises: codes keep their own scale, which the log of stage dit shows as std.
+    It hardly regularises: codes keep a scale of their own, the std in the log of stage dit.
     """
     if logvar is None:
         return mean.new_zeros(len(mean))
@@ -626,9 +630,9 @@ def reconstruction_losses(recon, mean, logvar, x, cfg, features):
 
 
 def loss_ae(model, batch, draws, cfg, features):
-    """Stage 1: V11 with lambda = 0 for all weights -> value, losses. batch: clips (B, 3, T, H, W), labels.
+    """Stage 1: V11 with lambda = 0 -> value, losses. batch: clips (B, 3, T, H, W) and labels.
 
-    draws: noise (B, M, c) of the bottleneck, length (B,) of the masked variant.
+    draws: noise (B, M, c) of V3, length (B,) of V10.
     """
     x, _ = batch
     recon, mean, logvar = model(x, draws["noise"], draws["length"])
@@ -636,10 +640,10 @@ def loss_ae(model, batch, draws, cfg, features):
 
 
 def loss_decoder(model, batch, draws, cfg, features, disc, weight):
-    """Stage 2: all of V11 for the decoder -> value, losses, reconstruction. batch and draws as in loss_ae.
+    """Stage 2: all of V11, for the decoder -> value, losses, reconstruction. batch and draws as in loss_ae.
 
-    The encoder is frozen (see load), so the KL term is a constant. `weight` is lambda on its ramp; lambda is
-    1 in Sec. 2.3 and .05, the best one, in App. A.2.
+    The encoder is frozen, so the KL term is a constant. weight: lambda on its ramp, V16; lambda is 1 in
+    Sec. 2.3, and .05, the best one, in App. A.2.
     """
     x, _ = batch
     recon, mean, logvar = model(x, draws["noise"], draws["length"])
@@ -649,8 +653,7 @@ def loss_decoder(model, batch, draws, cfg, features, disc, weight):
 
 
 def loss_disc(disc, x, recon):
-    """V15, of clips and their reconstructions; nothing flows back into these. A frame that is told apart by a
-    margin of 1 counts no more."""
+    """V15: a frame that is told apart by a margin of 1 counts no more. Nothing flows back into recon."""
     real = disc(x).to(x.dtype)                                                                           # (b)
     fake = disc(recon.detach()).to(x.dtype)                                                              # (b)
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -1059,7 +1062,7 @@ def reconstruct(cfg, tokenizer):
 
 @torch.no_grad()
 def draw_samples(cfg, tokenizer, generator, labels):
-    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), in blocks of 100 that draw for themselves."""
+    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), 100 at a time from one random stream."""
     device = common.device_of(cfg)
     for number, y in enumerate(labels.to(device).split(100)):
         stream = common.make_generator(cfg.seed, number, "sample", device)
@@ -1127,7 +1130,7 @@ def export_latents(cfg, tokenizer):
     """--export of an auto-encoder: mean and logvar of the training split for `latents:FILE`, with --flip of
     its mirror images, too.
 
-    The scale brings what a reader samples, mean plus noise, to deviation 1; stage dit takes codes as they are.
+    The scale brings what a reader samples, mean plus noise, to deviation 1; stage dit wants none.
     Arrays wait on disk until they are one file: memory does not grow with the data set.
     """
     dataset = open_split(cfg, "train")
