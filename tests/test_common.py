@@ -186,7 +186,7 @@ def is_one_line(err):
     (["--steps", "0"], ">= 1"), (["--batch", "-8"], ">= 1"), (["--log", "0"], "--log"),
     (["--lr", "0"], "> 0"), (["--lr", "nan"], "> 0"), (["--lr", "inf"], "> 0"),
     (["--name", "../out"], "letters"), (["--name", ".."], "letters"), (["--device", "tpu"], "tpu"),
-    (["--batch", "7", "--gpus", "2"], "multiple of the 2 processes x 1 parts"), (["--calls", "0"], "--calls 0"),
+    (["--batch", "7", "--gpus", "2"], "multiple of the 2 processes"), (["--calls", "0"], "--calls 0"),
     (["--calls", "0", "--gpus", "2"], "--calls 0"), (["--sample", "none.pt"], "No such file"),
 ])
 def test_a_mistake_is_one_line_and_exit_2(run, words, said):
@@ -1337,26 +1337,6 @@ def test_noise_in_shards_is_the_same_for_any_number_of_ranks(monkeypatch):
     assert torch.equal(pair[:, :64], torch.randn(2, 64, 3, generator=common.make_generator(1, 2, "noise")))
 
 
-def test_parts_of_a_batch():
-    batch = (torch.arange(6), {"x": torch.arange(12).view(6, 2), "n": 3, "t": torch.tensor(1.5), "none": None})
-    found = list(common.in_parts(3, *batch))
-    assert len(found) == 3 and [part[0].tolist() for part in found] == [[0, 1], [2, 3], [4, 5]]
-    assert torch.equal(torch.cat([part[1]["x"] for part in found]), batch[1]["x"])
-    assert all(part[1]["n"] == 3 and part[1]["t"] == 1.5 and part[1]["none"] is None for part in found)
-
-
-def test_reading_ahead_reads_each_step_once_and_one_step_before():
-    asked = []
-
-    def read(step):
-        asked.append(step)
-        return step * step
-
-    assert common.read_ahead(read, torch.device("cpu"), 9) is read
-    fetch = common.read_ahead(read, torch.device("cuda"), 7)
-    assert [fetch(step) for step in range(3, 7)] == [9, 16, 25, 36] and asked == [3, 4, 5, 6]
-
-
 def test_gradients_in_buckets(toy):
     """Two processes, buckets of every size, parameters of two types, one unused: the mean, in every case."""
     Path("buckets.py").write_text("""
@@ -1382,23 +1362,3 @@ dist.destroy_process_group()
     for worker in workers:
         out, err = worker.communicate(timeout=90)
         assert worker.returncode == 0 and out.strip() == "fine", err
-
-
-def test_init_takes_weights_but_tables_of_classes(toy):
-    def net(classes):
-        return nn.ModuleDict({"body": nn.Linear(3, 3), "label": nn.Embedding(classes, 3)})
-
-    first = net(4)
-    run = common.Run(toy.Config(name="first", steps=1))
-    for step in run.steps(run.restore(model=net(4), ema=first)):
-        run.save(step)
-    cfg = toy.Config(name="second")
-    cfg.init = "runs/toy/first/last.pt"
-    same, other = net(4), net(7)
-    table = other["label"].weight.detach().clone()
-    common.load_init(cfg, same, new=("label.weight",))
-    common.load_init(cfg, other, new=("label.weight",))
-    assert torch.equal(same["label"].weight, first["label"].weight), "the averaged weights"
-    assert torch.equal(other["body"].weight, first["body"].weight) and torch.equal(other["label"].weight, table)
-    with pytest.raises(common.UserError, match="does not fit"):
-        common.load_init(cfg, net(7))
