@@ -27,6 +27,18 @@ def config(**fields):
     return vitok.Config(**{**TINY, **fields})
 
 
+def few(monkeypatch, most):
+    """Data sets of drawn images hold `most` of them."""
+    monkeypatch.setattr(data, "open_data", lambda *args, plain=data.open_data, **named: plain(
+        *args, **{**named, "count": min(named.get("count", most), most)}))
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    """Runs here draw 500 pictures where 20,000 are the default: they open their data at every stage."""
+    few(monkeypatch, 500)
+
+
 def build(cfg, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     model = vitok.Autoencoder(cfg).to(dtype)
@@ -834,6 +846,7 @@ def trained(tmp_path_factory):
     where = tmp_path_factory.mktemp("vitok")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
+        few(patch, 500)
         run(*argv("vitok", name="image", steps=4, flip=True))
         run(*argv("vitok", name="video", steps=2, flip=True, frames=4, model="12x1x2-12x2x2/2x4"))
     return where
@@ -1039,12 +1052,6 @@ def test_a_stage_whose_earlier_stage_changed_starts_anew(tmp_path, monkeypatch, 
     assert (tmp_path / "runs/vitok/demo/dit-of-another-demo.pt").exists()
 
 
-def few(monkeypatch, most):
-    """Data sets of drawn images hold `most` of them."""
-    monkeypatch.setattr(data, "open_data", lambda *args, plain=data.open_data, **named: plain(
-        *args, **{**named, "count": min(named.get("count", most), most)}))
-
-
 def shrunk(name):
     """A preset's fields with tiny trunks, few steps and small pictures, and all else as it is."""
     fields = {**vars(vitok.Config()), "preset": name, **vitok.PRESETS[name]}
@@ -1149,7 +1156,7 @@ def test_export_and_decode(trained, name, shape, monkeypatch):
     run("--sample", f"runs/vitok/{name}/decoder.pt", "--export", f"{name}.npz")
     found = data.open_data(f"latents:{name}.npz", size=0)
     packed = np.load(f"{name}.npz")
-    assert found.images.shape[1:] == shape and found.images.dtype == np.float16 and len(found) == 20_000
+    assert found.images.shape[1:] == shape and found.images.dtype == np.float16 and len(found) == 500
     assert "latents_flip" in packed and packed["logvar"].shape == packed["latents"].shape
     cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", f"runs/vitok/{name}/decoder.pt"])
     tokenizer, _, _ = vitok.load(cfg, cfg.sample)
