@@ -399,13 +399,16 @@ def barrier():
 
 
 def device_of(cfg):
-    """The torch.device that this process computes on."""
+    """The torch.device that this process computes on: its GPU, unless there is none or --device cpu."""
     use = torch.cuda.is_available() and cfg.device != "cpu"
     return torch.device("cuda" if use else "cpu")
 
 
 def autocast(cfg):
-    """bf16 on CUDA with --bf16; otherwise nothing."""
+    """bf16 on CUDA with --bf16; otherwise nothing.
+
+    What must stay in fp32 (norms, losses, states, codebooks) leaves it in the method files, where it matters.
+    """
     return torch.autocast("cuda", torch.bfloat16, enabled=cfg.bf16 and device_of(cfg).type == "cuda")
 
 
@@ -513,7 +516,10 @@ def ema_update(ema, model, decay):
 
 
 def set_learning_rate(opt, lr):
-    """The learning rate of all groups of an optimizer."""
+    """The learning rate of all groups of an optimizer.
+
+    Schedules are functions of the step in the method files: a scheduler object would be one more state to save.
+    """
     for group in opt.param_groups:
         group["lr"] = lr
 
@@ -545,7 +551,10 @@ def require_stage(cfg, stage):
 
 
 def run_stages(cfg, stages):
-    """Train cfg.stage of {name: train(cfg)}, or all in order; returns the last one's checkpoint."""
+    """Train cfg.stage of {name: train(cfg)}, or all in order; returns the last one's checkpoint.
+
+    With --resume a finished stage is over at once, so all in order goes on in the first unfinished one.
+    """
     names = list(stages) if cfg.stage == "all" else [cfg.stage]
     for name in names:
         stages[name](cfg)
@@ -889,7 +898,7 @@ class Run:
 
 
 def differs(module, state):
-    """Whether a module's state is another than the one stored."""
+    """Whether a module's state is another than the one stored: other names, shapes or a single other bit."""
     own = module.state_dict()
     if not isinstance(state, dict) or state.keys() != own.keys():
         return True
@@ -1261,7 +1270,10 @@ def export_images(path, blocks, count):
 
 
 def write_npz(file, blocks, count):
-    """An uncompressed npz of one array arr_0, uint8 (count, H, W, C), from blocks of its rows."""
+    """An uncompressed npz of one array arr_0, uint8 (count, H, W, C), from blocks of its rows.
+
+    np.savez would want all of it at once; here the header comes first and each block follows.
+    """
     with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
         for i, block in enumerate(blocks):
             if i == 0:
