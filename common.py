@@ -518,7 +518,7 @@ def ema_update(ema, model, decay):
 def set_learning_rate(opt, lr):
     """The learning rate of all groups of an optimizer.
 
-    Schedules are functions of the step in the method files: a scheduler object would be one more state to save.
+    Schedules are functions of the step in the method files: an object would be one more state to save.
     """
     for group in opt.param_groups:
         group["lr"] = lr
