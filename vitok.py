@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
-import common
+import common  # before torch: it says how torch's threads wait
 import data
 
 import numpy as np
@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Config:
-    preset: str = "demo"                # where the values below start from
+    preset: str = "demo"                # where the values below start from; they stand under Training
     data: str = "shapes"                # shapes, cifar10, npz:PATH, folder:PATH or video:PATH
     stage: Literal["all", "ae", "decoder", "dit"] = "all"  # auto-encoder, decoder with GAN, generator
     size: int = 256                     # >= 4: image side in pixels
@@ -111,22 +111,6 @@ class Config:
 # its heads of 72 channels split in three, for the axes of a clip. The generators' sizes are those of DiT.
 SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}
 DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-# Learning rates are for 256 images a step: at TOY's batch of 32, 1.2e-2 means 1.5e-3.
-TOY = dict(size=32, flip=False, model="72x1x6-72x2x6/8", batch=32, lr=1.2e-2, disc=32, lr_disc=2e-3, ema=0.99,
-           dit="64x4x4", batch_dit=64, lr_dit=1e-2, steps_decoder=60, num_steps=30, cfg_scale=2.0, count=500)
-PAPER = dict(bf16=True, batch_decoder=256, batch_dit=256, steps_dit=500_000)
-VIDEO = dict(PAPER, frames=16, size=128, batch=256, batch_decoder=128)           # Tab. 5, UCF-101
-PRESETS = {
-    "demo": dict(TOY, channels=8, steps=600, steps_dit=1800),
-    "sweep": dict(TOY, sweep="/8:1,2,4,8,16,32 /4:2,4,8,16", objects=4, perceptual=0.0, steps=1500),
-    "clips": dict(TOY, model="72x1x6-72x2x6/2x8", frames=8, perceptual=0.0, steps=900, batch=16, lr=3e-3),
-    "small": dict(data="cifar10", size=32, model="384x6x6-384x12x6/4", channels=8, dit="384x12x6", batch=256,
-                  lr=4e-4, lr_dit=3e-4, ema=0.999, steps=20_000, steps_dit=60_000),     # one GPU; not yet run
-    **{f"{pair}/16": dict(PAPER, model=f"{pair}/16")                    # Fig. 6: encoder and decoder apart
-       for pair in ("S-S", "B-S", "S-B", "B-B", "S-L", "B-L", "L-L")},
-    **{f"S-B/{tubelet}": dict(VIDEO, model=f"S-B/{tubelet}") for tubelet in ("4x8", "8x8", "4x16")},
-    "S-B/16@512": dict(PAPER, model="S-B/16", size=512)}
-TARGET = dict(psnr=22.35, accuracy=0.13)    # mean - 4 s.d. of seeds 0 to 4: 22.73 +- .09, .326 +- .047
 
 
 # --- Building blocks ---------------------------------------------------------
@@ -768,6 +752,23 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, eta=0.0):
 #
 # V16  lambda(s) = lambda clip((s - s0) / s1, 0, 1)       s0 = 5 %, s1 = 50 % of the steps (official code)
 # V26  lr(s) = peak (low + (1 - low) rise)                rise: linear in the warm-up, then half a cosine
+
+# Learning rates are for 256 images a step: at TOY's batch of 32, 1.2e-2 means 1.5e-3.
+TOY = dict(size=32, flip=False, model="72x1x6-72x2x6/8", batch=32, lr=1.2e-2, disc=32, lr_disc=2e-3, ema=0.99,
+           dit="64x4x4", batch_dit=64, lr_dit=1e-2, steps_decoder=60, num_steps=30, cfg_scale=2.0, count=500)
+PAPER = dict(bf16=True, batch_decoder=256, batch_dit=256, steps_dit=500_000)
+VIDEO = dict(PAPER, frames=16, size=128, batch=256, batch_decoder=128)           # Tab. 5, UCF-101
+PRESETS = {
+    "demo": dict(TOY, channels=8, steps=600, steps_dit=1800),
+    "sweep": dict(TOY, sweep="/8:1,2,4,8,16,32 /4:2,4,8,16", objects=4, perceptual=0.0, steps=1500),
+    "clips": dict(TOY, model="72x1x6-72x2x6/2x8", frames=8, perceptual=0.0, steps=900, batch=16, lr=3e-3),
+    "small": dict(data="cifar10", size=32, model="384x6x6-384x12x6/4", channels=8, dit="384x12x6", batch=256,
+                  lr=4e-4, lr_dit=3e-4, ema=0.999, steps=20_000, steps_dit=60_000),     # one GPU; not yet run
+    **{f"{pair}/16": dict(PAPER, model=f"{pair}/16")                    # Fig. 6: encoder and decoder apart
+       for pair in ("S-S", "B-S", "S-B", "B-B", "S-L", "B-L", "L-L")},
+    **{f"S-B/{tubelet}": dict(VIDEO, model=f"S-B/{tubelet}") for tubelet in ("4x8", "8x8", "4x16")},
+    "S-B/16@512": dict(PAPER, model="S-B/16", size=512)}
+TARGET = dict(psnr=22.35, accuracy=0.13)    # mean - 4 s.d. of seeds 0 to 4: 22.73 +- .09, .326 +- .047
 
 
 def stage_batch(cfg, stage):
