@@ -2,7 +2,7 @@
 
 A flow-matching transformer that remembers. It trains on sequences of n different pictures of one class, the
 noisiest first, and predicts the velocity of each. Inside an image attention is full softmax; across images it
-is gated and linear, and its whole memory is one d x d matrix S a head. In sampling the sequence is the
+is gated and linear, and its whole memory is one d x d matrix S per head. In sampling the sequence is the
 denoising trajectory itself: each step reads S, then writes the current noisy image into it.
 
     image 1 (noisiest)      image 2                 image n (cleanest)
@@ -17,10 +17,11 @@ Run:      python arflow.py                          demo: learns to draw shapes,
           python arflow.py --preset ARFlow-XL/2@256 --data latents:imagenet256.npz --gpus 8
           python arflow.py --sample runs/arflow/demo/last.pt --classes 6,9 --cfg_scale 3
 Faithful: sequences, times, conditioning, block, hybrid attention, initialisation, loss, optimizer, sampler
-          and guidance, as in the authors' code. A1 to A22 are our numbers; the equations stand in the code.
-Scaled:   the demo's model, its learning rate with warm-up and cooldown, its EMA, its 50 steps: see PRESETS.
-Left out: VAE latents (vitok.py exports its own, the README caches SD-VAE's); FID (--export writes what
-          its tools read).
+          and guidance, as in the authors' code (of the paper we read the abstracts alone). The equations
+          stand in the code; A1 to A22 are our numbers: data from A1, network from A6, sampler from A21.
+Scaled:   the demo (model, batch, steps, learning rate, EMA, guidance 3, no flip) and `small`: see PRESETS.
+Left out: the VAE (latents come from vitok.py or by the README's recipe for SD-VAE); FID (--export writes
+          what its tools read).
 Letters:  B sequences, n images a sequence, C channels, h w sides of an image or latent, p patch, N tokens an
           image, D width, H heads, d = D/H, K classes (label K: none). Time: t = 0 is noise, t = 1 is data.
 CUDA:     never run on CUDA.
@@ -31,7 +32,7 @@ import copy
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import common  # before torch: it says how torch's threads wait
+import common  # before torch, which reads OMP_WAIT_POLICY (set there) when it is imported
 import data
 
 import numpy as np
@@ -53,13 +54,13 @@ class Config:
     depth: int = 12                                  # >= 1: number of blocks
     heads: int = 12                                  # >= 1: attention heads H
     images: int = 5                                  # >= 1: images a sequence n; 1: ARFlow without context
-    block: Literal["arflow", "sit"] = "arflow"       # sit: the SiT baseline, with --images 1
-    query_decay: bool = True                         # exp(G) on the query side (A15); off is an ablation
+    block: Literal["arflow", "sit"] = "arflow"       # sit: the SiT baseline; --images 1 --batch n * B
+    query_decay: bool = True                         # exp(G) on the query side (A17); off is an ablation
     flip: bool = True                                # flip each image left-right with probability 1/2
     label_dropout: float = 0.1                       # in [0, 1]: share of sequences without their label
     steps: int = 400_000                             # >= 1: optimizer steps (paper, 128 px; 256 px unknown)
     batch: int = 8                                   # >= 1: sequences a step, over all processes
-    lr: float = 1e-4                                 # > 0: learning rate of AdamW, constant in the paper
+    lr: float = 1e-4                                 # > 0: learning rate of AdamW (official: constant)
     warmup: int = 0                                  # >= 0: our choice: steps of rising learning rate
     cooldown: float = 0.0                            # in [0, 1]: our choice: share of the steps of falling lr
     clip: float = 3.0                                # > 0: gradients are clipped by VALUE to [-clip, clip]
@@ -67,14 +68,14 @@ class Config:
     num_steps: int = 250                             # >= 2: steps of the sampler, one network call each
     cfg_scale: float = 1.5                           # >= 0: classifier-free guidance; 1 is none
     cfg_channels: int = 3                            # >= 1: first channels under guidance, 3 of a latent's 4
-    context: Literal["carry", "reset"] = "carry"     # keep S along the trajectory, or empty it at every step
+    context: Literal["carry", "reset"] = "carry"     # sampling: keep S, or empty it each step (n = 1: reset)
     classes: str = "all"                             # with --sample: labels as 3,5; all: each in turn
     count: int = 1000                                # >= 1: samples of the metric or of --sample
     export: str = ""                                 # with --sample: NAME.npz (ADM suite) or a folder of PNGs
     seed: int = 0                                    # every random number is a function of (seed, step)
     gpus: int = 1                                    # >= 1: processes, one a GPU; without GPUs on the CPU
     device: str = "auto"                             # auto, cpu or cuda
-    bf16: bool = False                               # bf16 autocast on CUDA, attention in fp32; paper: TF32
+    bf16: bool = False                               # bf16 on CUDA, attention in fp32; official code: TF32
     compile: bool = False                            # torch.compile for the blocks; minutes on a CPU
     name: str = ""                                   # run folder runs/arflow/NAME; default: the preset
     resume: bool = False                             # go on from runs/arflow/NAME/last.pt
@@ -88,16 +89,17 @@ class Config:
 
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}       # D, depth, H
-# official code: its kernel wants 64 channels a head, so XL/2 got 18 heads; XL/4 and XL/8 keep 16, of 72.
+# official code: its kernel wants 64 channels a head, so XL/2 got 18 heads; XL/4 and XL/8 have 16 heads of 72
+# channels and cannot run there.
 OTHER_HEADS = {("XL", 2): 18}
 
 PRESETS = {
-    # 16 px, drawn shapes, two CPU cores
+    # 16 px, drawn shapes, two CPU cores; all values here and in `small` are our choice
     "demo": dict(size=16, width=64, depth=4, heads=2, flip=False, steps=4400, batch=2, lr=3e-3, warmup=50,
                  cooldown=0.5, ema=0.99, num_steps=50, cfg_scale=3.0, count=200, save=2200),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run
     "small": dict(data="cifar10", width=256, depth=8, heads=4, steps=60_000, batch=32, lr=3e-4, ema=0.999),
-    # the paper's models, on latents of an eighth of the picture's side
+    # the official code's models, on latents of an eighth of the picture's side
     **{f"ARFlow-{letter}/{p}@{pixels}": dict(
         name=f"ARFlow-{letter}-{p}-{pixels}", data=f"latents:imagenet{pixels}.npz", size=pixels // 8, patch=p,
         width=D, depth=depth, heads=OTHER_HEADS.get((letter, p), H))
@@ -117,16 +119,19 @@ TARGET = 0.61
 # A17  O_i = softmax(Q_i K_i^T) V_i + exp(G_i) Q_i S_i      an image reads itself, and the past from S
 # A18  S_(i+1) = gamma_i S_i + K_i^T V_i                    then it is written into S, undecayed
 #
+# From image to image S goes on in `hybrid`, from call to call through `states`.
+#
 # A19  O = M V over all n N tokens at once; for token a of image r and token b of image s
 #          M_ab = softmax over b of q_a k_b                 s = r
 #          M_ab = q_a k_b exp(G_a + C_(r-1) - C_s)          s < r, with C_i = log(gamma_1 ... gamma_i)
 #          M_ab = 0                                         s > r
+#      C_(r-1) - C_s is the decay by the images between s and r, without both.
 
 
 def hybrid(q, k, v, log_decay, S, query_decay=True):
     """Hybrid attention as a loop over the images (A15, A16, A17, A18).
 
-    q, k, v (B, n, H, N, d), k already times d^-1/2; log_decay (B, n, H, N); S (B, H, d, d), at first zeros.
+    q, k, v (B, n, H, N, d), k already times d^-1/2; log_decay g (B, n, H, N); S (B, H, d, d), at first zeros.
     Returns the outputs (B, n, H, N, d), and S behind the last image.
     """
     outputs = []
@@ -157,7 +162,7 @@ def hybrid_matrix(q, k, v, log_decay, query_decay=True):
     g = log_decay.transpose(1, 2)                                                               # (B, H, n, N)
     mean = g.mean(-1)                                                                              # (B, H, n)
     C = mean.cumsum(-1)                                                                            # (B, H, n)
-    # C_(r-1) - C_s: the images between s and r, without both
+    # C_(r-1) - C_s
     exponent = (C - mean)[..., image, None] - C[..., None, image]                           # (B, H, n*N, n*N)
     if query_decay:
         exponent = exponent + g.cumsum(-1).flatten(2)[..., None]                            # (B, H, n*N, n*N)
@@ -179,10 +184,10 @@ def split_heads(x, H):
 class Attention(nn.Module):
     """Hybrid attention with its projections, norms and gates, always in fp32.
 
-    A11  q, k, v, z, a = W_q x, W_k x, W_v x, W_z x, W_a (x + c)      time and label help to decide what to
-                                                      forget; c comes raw here, in Block through SiLU
+    A11  q, k, v, z, a = W_q x, W_k x, W_v x, W_z x, W_a (x + c)      c: time and label have a say in what is
+                                                      forgotten; W_z is output_gate, W_a decay_gate
     A12  q, k, v <- rms_norm of each                  over the full width D, before the split into heads
-    A13  g = logsigmoid(a) / 16                       at first exp(g) = 0.96, a memory of some 23 images
+    A13  g = logsigmoid(a) / 16                       at first near -log(2) / 16: a memory of some 23 images
     A14  k <- k d^-1/2                                once, for the softmax and for the state
     A20  o = W_out (rms_norm(O) SiLU(z))              the norm, in each head, bounds what S has added up
     """
@@ -206,6 +211,7 @@ class Attention(nn.Module):
             q = split_heads(rms_norm(self.q(x)), self.heads)                                 # (B, n, H, N, d)
             k = split_heads(rms_norm(self.k(x)), self.heads) * d ** -0.5                     # (B, n, H, N, d)
             v = split_heads(rms_norm(self.v(x)), self.heads)                                 # (B, n, H, N, d)
+            # c itself; Block's modulation reads SiLU(c)
             a = self.decay_gate(x + c[:, :, None])                                              # (B, n, N, H)
             g = F.logsigmoid(a).transpose(2, 3) / 16                                            # (B, n, H, N)
             o, S = hybrid(q, k, v, g, S, self.query_decay)                     # (B, n, H, N, d), (B, H, d, d)
@@ -224,7 +230,7 @@ class PlainAttention(nn.Module):
         self.out = nn.Linear(D, D)
 
     def forward(self, x, c, S):
-        """As Attention.forward; c idles and S comes back unchanged."""
+        """As Attention.forward; c is unused and S comes back unchanged."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))  # each (B, n, H, N, d)
         o = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)                  # (B, n, N, D)
         return self.out(o), S                                                     # (B, n, N, D), (B, H, d, d)
@@ -242,10 +248,10 @@ class Block(nn.Module):
          x <- x + gate_mlp MLP(modulate(LN(x), shift_mlp, scale_mlp))      all six = W SiLU(c), at first zero
     """
 
-    def __init__(self, D, H, block, query_decay):
+    def __init__(self, D, H, kind, query_decay):
         super().__init__()
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(D, H, query_decay) if block == "arflow" else PlainAttention(D, H)
+        self.attention = Attention(D, H, query_decay) if kind == "arflow" else PlainAttention(D, H)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
         self.modulation = nn.Linear(D, 6 * D)
 
@@ -280,7 +286,7 @@ def sincos_pos_embed(side, D):
 def timestep_embedding(t):
     """Times t (B, n) in [0, 1], not in [0, 1000] -> (B, n, 256).
 
-    A8   time(t) = W SiLU(W [cos(t f), sin(t f)]),  f_j = 10000^(-j / 128), j < 128
+    A8   time(t) = W_2 SiLU(W_1 [cos(t f), sin(t f)] + b_1) + b_2,  f_j = 10000^(-j / 128), j < 128
     """
     f = 10_000.0 ** (-torch.arange(128, device=t.device, dtype=t.dtype) / 128)
     angle = t[..., None] * f
@@ -291,9 +297,10 @@ class ARFlow(nn.Module):
     """The velocity network: patches to tokens, blocks that each keep a state S, tokens to patches.
 
     A6   c_i = label(y) + time(t_i)                             one label a sequence, one time an image
-    A10  v = unpatchify(W modulate(LN(x), shift, scale))        first C of 2 C channels; DiT's others idle
+    A10  v = unpatchify(W modulate(LN(x), shift, scale))        shift, scale = W' SiLU(c_i)
 
-    `latent_scale`, a number or one a channel, waits for whoever decodes the samples.
+    The output has 2 C channels as DiT's; the last C are unused. `latent_scale`, a number or one a channel, is
+    stored for the decoder of the samples.
     """
 
     def __init__(self, cfg, channels, classes, latent_scale=1.0):
@@ -368,7 +375,7 @@ def interpolate(x1, x0, t):
 
 
 def loss(model, batch, draws):
-    """Mean squared error of the velocity (A5), and a dict of further parts: none.
+    """Mean squared error of the velocity (A5) and, as in the other files, a dict of its parts: here none.
 
     batch: images x1 (B, n, C, h, w) in [-1, 1] or latents, labels y (B,).
     draws: "t" (B, n), "noise" x0 (B, n, C, h, w), "drop" (B,): sequences that lose their label.
@@ -463,7 +470,8 @@ def draw(dataset, cfg, step, device):
 
     A sequence is a label, uniform over the classes, and n different images of it, each flipped or not.
 
-    A1   x1 = scale (mean + exp(clamp(logvar, -30, 20) / 2) noise)     latents are drawn afresh at every step
+    A1   x1 = scale (mean + exp(clamp(logvar, -30, 20) / 2) noise)     in data.latents, afresh at every step;
+                                                                       scale of SD-VAE: 0.18215
     A2   t_1 <= ... <= t_n, uniform numbers in ascending order         image 1 is the noisiest
     A3   x0_i ~ N(0, I)                                                noise of its own for each image
     """
@@ -496,7 +504,7 @@ def draw(dataset, cfg, step, device):
 
 
 def learning_rate(cfg, step):
-    """Constant in the paper. Our choice for short runs: a linear rise, and at the end a fall to 2 %."""
+    """Official code: constant. Our choice for short runs: a linear rise, and at the end a fall to 2 %."""
     rise = (step + 1) / max(1, cfg.warmup)
     fall = 1.0
     if cfg.cooldown:
@@ -506,7 +514,10 @@ def learning_rate(cfg, step):
 
 
 def optimizer(model, cfg):
-    """AdamW; weight decay .02 on tensors of two and more dimensions, also the label table; none on biases."""
+    """AdamW; weight decay .02 on tensors of two and more dimensions, also the label table; none on biases.
+
+    Our choice: --block sit has it, too. SiT itself has torch's betas and no decay.
+    """
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.02},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
@@ -555,7 +566,11 @@ def check(cfg):
 
 
 def open_split(cfg, split, count=20_000):
-    """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration."""
+    """The data's 'train', 'test' or 'judge' split; UserError where it does not fit the configuration.
+
+    judge: the images on which common.judge trains the ruler, a classifier that does nothing but measure
+    samples. Trained once, it is then read from runs/judges.
+    """
     dataset = data.open_data(cfg.data, split, size=cfg.size, count=count)
     shape = dataset.images.shape
     common.require(shape[2:] == (cfg.size, cfg.size), f"--size {cfg.size}: {cfg.data} holds {shape}")
@@ -571,19 +586,20 @@ def measured(cfg):
 
 
 def prepare(cfg):
-    """Once, before the processes start: downloads, packing, the ruler; says what was found."""
+    """Once, before the processes start: downloads, packing, training of the ruler; says what was found."""
     if cfg.sample:
         return
     train = open_split(cfg, "train")
     common.require_memory(cfg, lambda: ARFlow(cfg, train.images.shape[1], len(train.classes)))
     splits = {"train": train}
     if measured(cfg):
-        judge = open_split(cfg, "judge")
-        data.require_images(judge, "judge", 2 * len(judge.classes), "the ruler")
+        judge_split = open_split(cfg, "judge")
+        data.require_images(judge_split, "judge", 2 * len(judge_split.classes), "the ruler")
         splits["test"] = open_split(cfg, "test", 2 * cfg.count)
+        # the ruler has 64 features: the covariance of fewer than 65 samples is singular
         if min(cfg.count, len(splits["test"]) // 2) < 65:
             print("no Frechet distance at the end: it needs 65 samples and 130 test images", flush=True)
-        common.judge(judge, "ruler")
+        common.judge(judge_split, "ruler")
     print(data.describe(splits), flush=True)
 
 
@@ -627,7 +643,7 @@ def preview(run, step, ema, cfg, dataset):
 
 
 def finish(run, start, ema, cfg, dataset):
-    """Pictures, and what the ruler, a classifier apart from all training, says of cfg.count samples.
+    """Pictures, and what the ruler says of cfg.count samples.
 
     Returns the exit code: 1 below TARGET, which counts in a run of exactly the demo's settings. A finished
     run only shows its result.
@@ -657,6 +673,7 @@ def finish(run, start, ema, cfg, dataset):
 def sample_checkpoint(cfg):
     """--sample: draw from a checkpoint's averaged weights; its run stays as it is.
 
+    cfg holds the checkpoint's values, with the flags given over them (common.cli).
     Pictures of at most 100 samples, or all latents, go to --out. With --export all samples go there, and
     pictures are drawn only where --out is given as well.
     """
@@ -665,7 +682,7 @@ def sample_checkpoint(cfg):
     weights = saved["state"].get("ema")
     readable = isinstance(weights, dict) and {"label.weight", "embed.weight"} <= weights.keys()
     common.require(readable, f"{cfg.sample}: field state holds no averaged weights")
-    K = len(weights["label.weight"]) - 1                                # the weights alone know their sizes
+    K = len(weights["label.weight"]) - 1                                # cfg lacks classes and channels
     ema = ARFlow(cfg, weights["embed.weight"].shape[1], K, weights.get("latent_scale", 1)).to(device)
     common.load_into({"ema": ema}, saved, cfg.sample)
     latent = cfg.data.startswith("latents:")
