@@ -2,11 +2,12 @@
 
 A network that is a sequence of layers is cut into K stages, one a device. A mini-batch is cut into M
 micro-batches that stream through them: all forwards, then all backwards in the opposite order. Gradients add
-up, one update follows: the training of one device, whatever K. Of each micro-batch a stage keeps its input
-alone and recomputes the rest when the gradient is due.
+up, one update follows: the training of one device, whatever K. Of each micro-batch but the last a stage keeps
+its input alone, and recomputes the rest before the gradient is due.
 
-    stage 1:     F0 F1 F2 F3 B3 R2 B2 R1 B1 R0 B0         F forward, R recompute, B backward of a micro-batch;
-    stage 0:  F0 F1 F2 F3 .. .. B3 R2 B2 R1 B1 R0 B0      the bubble idles (K - 1) / (M + K - 1) of the time
+    stage 0:  F0 F1 F2 F3 .. .. B3 R2 B2 R1 B1 R0 B0      F forward, R recompute, B backward of a micro-batch;
+    stage 1:     F0 F1 F2 F3 B3 R2 B2 R1 B1 R0 B0         the bubble idles (K - 1) / (M + K - 1) of the time,
+                                                          and less where recomputation fills it
 
 The demo translates number words between ten languages: after a minute on two cores it has 96 % of unseen
 sentences right to the last word (five seeds: 0.960 to 0.971).
@@ -19,11 +20,13 @@ Run:      python gpipe.py                                 the demo
           python gpipe.py --sample runs/gpipe/demo/last.pt
 Faithful: partition, schedule, early recomputation, one update, deferred BatchNorm; AmoebaNet-D and -B,
           T(L, H, A) and Table 1's Transformer-L with the published counts; both tricks for depth.
-Scaled:   the demos. Translation has lingvo's Adam: the paper's supplement is not to be had.
-Left out: auxiliary head, ScheduledDropPath, cutout; BatchNorm moments over replicas.
+Scaled:   the demos. For translation the paper's supplement is not to be had: Adam is that of the example in
+          lingvo, GPipe's official code. "TPU code" is AmoebaNet's.
+Left out: auxiliary head, ScheduledDropPath, cutout; BatchNorm normalises by the samples of one replica.
 Letters:  K stages, M micro-batches, N samples a mini-batch, L layers, V tokens or classes, B samples at hand,
           C P Q R channels, h w y x v u sides, D width, H feed-forward width, A heads of d channels, S source
-          and N target tokens. The paper numbers no equation: G1 to G15 are ours.
+          and, in shapes, N target tokens. The paper numbers no equation: G1 to G15 are ours, the pipeline's
+          first; each stands where the code computes it.
 CUDA:     never run on CUDA.
 Read in this order: schedule, Pipeline (step, run, worker, do_forward to do_backward), Channel, train.
 """
@@ -54,11 +57,11 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     preset: str = "demo"                    # where the values below start from
-    model: Literal["translate", "amoebanet-d", "amoebanet-b", "lm"] = "translate"   # lm: Table 1's, to --plan
+    model: Literal["translate", "amoebanet-d", "amoebanet-b", "lm"] = "translate"   # lm: --plan, --emulate
     data: str = "numbers"                   # numbers, numbers:LIMIT, tsv:PATH; images: shapes, cifar10, ...
     size: int = 32                          # >= 1: side of an image
     classes: int = 0                        # >= 0: classes or tokens V; 0: those of the data
-    layers: int = 6                         # >= 1 and <= 9999: L, a side; AmoebaNet: normal cells
+    layers: int = 6                         # >= 1 and <= 9999: L encoder, L decoder layers; or normal cells
     width: int = 1024                       # >= 1: D; AmoebaNet: filters of the first stack
     hidden: int = 8192                      # >= 1: H
     heads: int = 16                         # >= 1: A, of 64 channels each
@@ -68,11 +71,11 @@ class Config:
     temperature: float = 1.43               # > 0: T; a language pair of n sentences is drawn ~ n^(1/T)
     stages: int = 0                         # >= 0: K; 0: as many as --devices or --gpus
     micro: int = 8                          # >= 1: M (paper: at least 4 K)
-    checkpoint: Literal["always", "except_last", "never"] = "except_last"       # what is recomputed
-    balance: str = "flops"                  # stages share flops, time or params; or layers by hand, as 3,2,4
+    checkpoint: Literal["always", "except_last", "never"] = "except_last"    # recomputed (lingvo: always)
+    balance: str = "flops"                  # shared evenly: flops, time or params; or layers by hand: 3,2,4
     goal: Literal["variance", "bottleneck"] = "variance"        # what is least among the stages' costs
     devices: str = ""                       # one a stage, as cuda:0,cuda:0; default: --gpus in turn, or CPU
-    emulate: float = 0.0                    # in [0, 60]: seconds a stage sleeps for F, twice for B; 0: not
+    emulate: float = 0.0                    # in [0, 60]: seconds of F on a mean stage, twice for B; 0: not
     plan: bool = False                      # print memory, bubble and speed-up; nothing runs
     steps: int = 100_000                    # >= 1: optimizer steps
     batch: int = 128                        # >= 1: mini-batch N, of all replicas
@@ -80,7 +83,7 @@ class Config:
     warmup: int = 0                         # >= 0: steps over which it rises
     decay: int = 0                          # >= 0: steps in which it falls by 3 % (paper: 2 epochs); 0: not
     cooldown: float = 0.0                   # in [0, 1]: share of steps in which it falls to 2 % (our choice)
-    momentum: float = 0.0003                # in [0, 1]: of BatchNorm's running averages (official code)
+    bn_momentum: float = 0.0003             # in [0, 1]: of BatchNorm's running averages (TPU code)
     seed: int = 0                           # every random number is a function of (seed, step)
     gpus: int = 1                           # >= 1: devices; without a GPU, threads of the CPU
     device: str = "auto"                    # auto, cpu or cuda
@@ -94,11 +97,14 @@ class Config:
     save: int = 500                         # >= 1: steps between checkpoints and timelines
     sampling: ClassVar = ("stages", "gpus", "devices", "micro", "balance", "goal")  # what --sample may change
 
-# Sec. 4: the ImageNet run has the AmoebaNet paper's optimizer; 0.97 every 2 epochs at batch 128
-AMOEBA = dict(model="amoebanet-d", data="folder:imagenet", size=224, classes=1000, decay=20_000, dropout=0.5)
-IMAGES = dict(model="amoebanet-d", data="shapes", lr=0.01, momentum=0.1)
+# Sec. 4: the ImageNet run has the AmoebaNet paper's optimizer, lr times 0.97 every 2 epochs. Its batch, steps
+# and M are not stated: 128, 100,000 and 32, as in Tables 2 and 3, are our choice.
+AMOEBA = dict(model="amoebanet-d", data="folder:imagenet", size=224, classes=1000, decay=20_000, dropout=0.5,
+              micro=32)
+IMAGES = dict(model="amoebanet-d", data="shapes", lr=0.01, bn_momentum=0.1)     # our choice
 LM = dict(model="lm", classes=32_000, width=2048, heads=32, batch=32, micro=32)
-PAIRS = dict(data="tsv:pairs.tsv", classes=64_000)
+# lingvo's lr of a language model: 0.5 D^-0.5 min((s + 1) 40000^-1.5, (s + 1)^-0.5) at step s. M: 4 K, K = 16
+PAIRS = dict(data="tsv:pairs.tsv", classes=64_000, lr=7.8125e-5, warmup=40_000, dropout=0.1, micro=64)
 PRESETS = {
     "demo": dict(layers=2, width=96, hidden=192, heads=2, steps=450, batch=192, lr=3e-3, warmup=60,
                  cooldown=0.5, stages=2, micro=4),
@@ -106,12 +112,15 @@ PRESETS = {
     "small": IMAGES | dict(data="cifar10", layers=6, width=64, steps=20_000, cooldown=0.9),     # not yet run
     "AmoebaNet-B-18-512": AMOEBA | dict(model="amoebanet-b", layers=18, width=512, size=480, stages=4),
 }
-PRESETS |= {f"AmoebaNet-D-{L}-{D}": AMOEBA | dict(layers=L, width=D) for L, D in (          # Tables 1 to 3
-    (18, 208), (18, 416), (18, 544), (36, 544), (72, 512), (18, 256), (18, 128))}
-# Table 1: Transformer-L. Its counts are a language model's, though Sec. 3 says sequence to sequence.
-PRESETS |= {f"Transformer-{L}": LM | dict(layers=L) for L in (3, 13, 24, 48, 103, 415, 1663)}
-PRESETS |= {f"T-{L}-{H}-{A}": PAIRS | dict(layers=L, hidden=H, heads=A) for L, H, A in (     # Sec. 5
-    (6, 8192, 16), (24, 8192, 16), (12, 16384, 32), (32, 16384, 32), (64, 16384, 32))}
+# Tables 1 to 3, on the paper's K stages; 0: on any number.
+PRESETS |= {f"AmoebaNet-D-{L}-{D}": AMOEBA | dict(layers=L, width=D, stages=K) for L, D, K in (
+    (18, 208, 0), (18, 416, 0), (18, 544, 2), (36, 544, 4), (72, 512, 8), (18, 256, 0), (18, 128, 0))}
+# Their counts are a language model's, though Sec. 3 says sequence to sequence.
+PRESETS |= {f"Transformer-{L}": LM | dict(layers=L, stages=K) for L, K in (
+    (3, 0), (13, 0), (24, 0), (48, 0), (103, 8), (415, 32), (1663, 128))}
+# Sec. 5
+PRESETS |= {f"T-{L}-{H}-{A}": PAIRS | dict(layers=L, hidden=H, heads=A, stages=K) for L, H, A, K in (
+    (6, 8192, 16, 0), (24, 8192, 16, 4), (12, 16384, 32, 2), (32, 16384, 32, 8), (64, 16384, 32, 16))}
 TARGETS = {"demo": 0.945}                   # mean - 4 s.d. of seeds 0 to 4: .960, .961, .964, .971, .968
 
 
@@ -150,7 +159,7 @@ class BatchNorm(nn.BatchNorm2d):
     """Deferred: the running averages move once a mini-batch, by the moments of all its micro-batches (G11).
 
     Training normalises each micro-batch by its own moments. The variance that is averaged is biased as
-    lingvo's; torch's is not. A plain BatchNorm would move twice a recomputed micro-batch.
+    lingvo's; torch's is not. A plain BatchNorm would move twice for every recomputed micro-batch.
     """
 
     sums = None                             # (3, C): count, sum and sum of squares of the mini-batch so far
@@ -194,10 +203,10 @@ class BatchNorm(nn.BatchNorm2d):
         self.running_var += momentum * (var - self.running_var)
 
 
-# An AmoebaNet cell. States 0 and 1 are the outputs of the last cell and of the one before it. Ten operations,
-# each (state that it reads, name), are added in pairs to make states 2 to 6. Last: what is concatenated.
-# Official code differs from the AmoebaNet paper's figure of D's normal cell, which would concatenate 4, 5, 6;
-# the code's gives the published counts.
+# An AmoebaNet cell. States 0 and 1 are the outputs of the last cell (`current`) and of the one before it
+# (`previous`). Ten operations, each (state that it reads, name), are added in pairs to make states 2 to 6.
+# Last: what is concatenated. The TPU code differs from the AmoebaNet paper's figure of D's normal cell, which
+# would concatenate 4, 5, 6; the code's gives the published counts.
 CELLS = {
     "d normal": ([(1, "conv1x1"), (1, "max3x3"), (1, "identity"), (0, "conv1x7"), (0, "conv1x1"),
                   (0, "conv1x7"), (2, "max3x3"), (2, "identity"), (1, "avg3x3"), (5, "conv1x1")],
@@ -226,7 +235,7 @@ def bottleneck(P, C, middle):
 
 
 def separable(P, C, k, stride):
-    """Twice: ReLU, k x k of each channel alone, 1x1, batch norm. Official code differs: no dilation."""
+    """Twice: ReLU, k x k of each channel alone, 1x1, batch norm; as in the TPU code without dilation."""
     first = nn.Conv2d(P, P, k, stride, k // 2, groups=P, bias=False)
     second = nn.Conv2d(C, C, k, 1, k // 2, groups=C, bias=False)
     return [nn.ReLU(), first, *conv(P, C)[1:], nn.ReLU(), second, *conv(C, C)[1:]]
@@ -249,7 +258,7 @@ def operation(name, P, C, stride):
              "max2x2": nn.MaxPool2d(2, stride, ceil_mode=True),
              "max3x3": nn.MaxPool2d(3, stride, 1),
              "avg3x3": nn.AvgPool2d(3, stride, 1, count_include_pad=False)}
-    widen = conv(P, C)[1:]                  # made in any case, so that later weights are drawn alike
+    widen = conv(P, C)[1:]                  # made even if unused, or later layers would draw other weights
     return [pools[name], *widen] if P != C else [pools[name]]
 
 
@@ -269,12 +278,15 @@ class FactorizedReduce(nn.Module):
 
 
 class Cell(nn.Module):
-    """An AmoebaNet cell of C filters: (current, previous) -> (concatenation, current)."""
+    """An AmoebaNet cell of C filters: (current, previous) -> (concatenation, current).
+
+    (B, P, h, w), (B, Q, v, u) -> (B, R, y, x), (B, P, h, w): v, u are h, w or twice that; y, x h, w or half.
+    """
 
     def __init__(self, kind, P, Q, C, larger=False, raw=False):
         """P, Q: channels of current and previous. previous is brought to C channels.
 
-        larger: previous has twice current's sides, and is halved. raw, of the first cell behind the official
+        larger: previous has twice current's sides, and is halved. raw, of the first cell behind the TPU
         code's stem: previous stays as it is.
         """
         super().__init__()
@@ -307,7 +319,7 @@ class Cell(nn.Module):
 
 
 class Classifier(nn.Module):
-    """V logits of the mean over a map of P channels."""
+    """V logits of the mean over a map of P channels, behind a ReLU as in the TPU code."""
 
     def __init__(self, P, V, dropout=0.0):
         super().__init__()
@@ -371,7 +383,7 @@ class Layer(nn.Module):
     def attend_source(self, y, x, mask):
         """Cross-attention of the target y to the source x.
 
-        x travels raw, so the encoder's final norm, which has no weights, is applied here by every layer.
+        x travels raw, so every layer applies the encoder's final norm here (our choice: without weights).
         """
         memory = F.layer_norm(x, x.shape[-1:])                                                 # (B, S, D)
         z = self.cross(self.cross_norm(y), memory, mask)                                       # (B, N, D)
@@ -426,7 +438,10 @@ class Embed(nn.Module):
 # G15  logits <- min(max(logits, -clip), clip)       in training: one of two tricks for depth, Sec. 5
 
 class Logits(nn.Module):
-    """V logits a token of the last sequence. The paper gives neither form nor value of G15; lingvo clamps."""
+    """V logits a token of the last sequence, behind a norm (our choice: without weights).
+
+    The paper gives neither form nor value of G15; lingvo clamps.
+    """
 
     def __init__(self, D, V, clip=0.0, bias=True):
         super().__init__()
@@ -447,7 +462,7 @@ class Logits(nn.Module):
 def amoebanet(kind, L, D, V, stem="wide", dropout=0.0):
     """AmoebaNet-D or -B (kind "d", "b"): a stem, three stacks of L / 3 normal cells, V logits.
 
-    The stacks have D, 2 D and 4 D filters; reduction cells stand between them. stem: "tpu", the official
+    The stacks have D, 2 D and 4 D filters; reduction cells stand between them. stem: "tpu", the TPU
     code's, gives B its 557 M parameters; "wide", torchgpipe's, Table 1's counts of D; "small", for 32 pixels,
     at stride 1 and without reduction cells, is our choice.
     """
@@ -492,14 +507,16 @@ def transformer(L, H, A, V, D=1024, decoder=True, dropout=0.0, clip=0.0, scaled=
 
 
 # --- Objective ---------------------------------------------------------------
-# G6  l = loss(concat_m y_K^(m), target)       of the whole mini-batch, on the last device, Sec. 2.2
+# G6  l = loss(concat_m y_K^(m), target)       of the whole mini-batch, on the last device, Sec. 2.2; so no B
+#                                              starts before the last F
 
 
 def loss(output, target, total, smoothing=0.1):
-    """Cross-entropy of logits (B, V) or (B, N, V), summed over targets but -100, over their number `total`.
+    """Cross-entropy of logits (B, V) or (B, N, V), summed over all targets except -100, over `total`.
 
-    A mean of micro-batch means would weigh uneven micro-batches wrongly (G6). The plain form of a step, which
-    the pipeline must equal: loss(model(inputs), target, total).backward().
+    total: how many they are in the mini-batch, of which a replica has a share. A mean of micro-batch means
+    would weigh uneven micro-batches wrongly (G6). Smoothing is the AmoebaNet paper's, in translation our
+    choice. The plain form, which the pipeline must equal: loss(model(inputs), target, total).backward().
     """
     logits = output.flatten(0, -2).float()                                                      # (B*N, V)
     target = target.flatten()                                                                      # (B*N)
@@ -605,15 +622,17 @@ def schedule(K, M, mode):
     F forward, L loss, R recompute, B backward. Backward is forward reversed: last in, first out.
     schedule(2, 2, "always"), where every task takes a unit of time and .. is idle:
 
-        stage 1:     F0 F1 L1 R1 B1 R0 B0       F waits for F of the stage before, L for all F of the last,
-        stage 0:  F0 F1 R1 .. .. .. B1 R0 B0    B for B of the stage behind, R for nothing: its input is here
+        stage 0:  F0 F1 R1 .. .. .. B1 R0 B0    F waits for F of stage k - 1, L for all F of the last stage,
+        stage 1:     F0 F1 L1 R1 B1 R0 B0       B for B of stage k + 1, R for nothing: its input is here
 
-    So R fills the wait for a gradient (Sec. 2.3). "except_last" spares those that follow their F directly.
+    So R fills the wait for a gradient (Sec. 2.3). "except_last", torchgpipe's, spares the last micro-batch,
+    whose B is the stage's next task. `step`, `do_loss` and `footprint` count on this order; 1F1B, for
+    comparison, stands in tests/claims/claim_gpipe.py.
     """
     forward = [(m, k) for cycle in clock_cycles(K, M) for m, k in cycle]
     recomputed = {"always": M, "except_last": M - 1, "never": 0}[mode]
     tasks = [("F", m, k) for m, k in forward]
-    tasks.append(("L", M - 1, K - 1))
+    tasks.append(("L", M - 1, K - 1))       # of all micro-batches; it follows the last F
     for m, k in reversed(forward):
         if m < recomputed:
             tasks.append(("R", m, k))
@@ -650,28 +669,28 @@ class Channel:
 
     def put(self, value):
         """Send what the source's current stream has made; None in it stands for no gradient."""
-        made = None
+        ready = None
         if self.read_stream:
-            made = torch.cuda.current_stream(self.source).record_event()
-        self.queue.put((value, made))
+            ready = torch.cuda.current_stream(self.source).record_event()
+        self.queue.put((value, ready))
 
     def get(self):
         """Wait for the next value, on the target device and ready for its current stream."""
-        value, made = self.queue.get()
+        value, ready = self.queue.get()
         if self.closed:
             raise CancelledError
-        if made is None:
+        if ready is None:
             return value
-        return map_tensors(lambda part: self.copy(part, made), value)
+        return map_tensors(lambda part: self.copy(part, ready), value)
 
-    def copy(self, part, made):
+    def copy(self, part, ready):
         """CUDA: a copy beside the computing of both stages, for which the receiver alone waits.
 
         torch copies on the source's current stream and makes the target's wait: both are the copy streams
         here. record_stream: no memory is handed out before the copy is done.
         """
-        self.read_stream.wait_event(made)
-        self.write_stream.wait_event(made)
+        self.read_stream.wait_event(ready)
+        self.write_stream.wait_event(ready)
         with torch.cuda.stream(self.read_stream), torch.cuda.stream(self.write_stream):
             arrived = part.detach().to(self.target, non_blocking=True).requires_grad_(part.requires_grad)
         part.record_stream(self.read_stream)
@@ -691,7 +710,7 @@ class Minibatch:
     loss_fn: object                         # output -> scalar; None: forward alone, for predictions
     number: int                             # the training step
     M: int                                  # its micro-batches, never more than samples
-    recomputed: set                         # those of them that are recomputed
+    recomputed: set                         # those of them that are recomputed, on every stage
     autocast: tuple                         # the caller's (kind of device, type, whether)
     stash: dict = field(default_factory=dict)       # (m, k): a stage's input
     interior: dict = field(default_factory=dict)    # (m, k): its output, whose graph holds all between
@@ -706,12 +725,13 @@ class Minibatch:
         return self.loss_fn is not None
 
 
-# G7  (dW_k^(m), g_(k-1)^(m)) = g_k^(m) dF_k / d(W_k, y_(k-1)^(m))       backward, m = M, ..., 1, Sec. 2.2
-# G8  dl / dW_k = sum_m dW_k^(m)                                         then one update, Sec. 2.2
-# G9  kept on a stage: O(N + (L / K) (N / M)) activations                M inputs, one interior, Sec. 2.3
+# G7  (dW_k^(m), g_(k-1)^(m)) = (dF_k / d(W_k, y_(k-1)^(m)))^T g_k^(m)      backward, m = M, ..., 1, Sec. 2.2;
+#                                                                           g_k^(m) = dl / dy_k^(m)
+# G8  dl / dW_k = sum_m dW_k^(m)                                            then one update, Sec. 2.2
+# G9  kept on a stage: O(N + (L / K) (N / M)) activations                   M inputs, one interior, Sec. 2.3
 
 class Pipeline:
-    """An nn.Sequential on K stages, under its own names.
+    """An nn.Sequential on K stages; its parameters keep their names.
 
     `step` leaves the gradients of one device in it, `infer` predicts. The plain forms: one worker
     (threads=False), the current streams (streams=False).
@@ -738,16 +758,16 @@ class Pipeline:
         self.first_layer = np.cumsum([0, *sizes]).tolist()          # of each stage
         self.devices = [torch.device(device) for device in devices[:K]]
         ends = self.first_layer[1:]
-        self.cells = [model[a:b].to(device) for a, b, device in zip(self.first_layer, ends, self.devices)]
+        self.stages = [model[a:b].to(device) for a, b, device in zip(self.first_layer, ends, self.devices)]
         stage_of = {}
-        for k, cell in enumerate(self.cells):
+        for k, stage in enumerate(self.stages):
             # two stages would add to one gradient at once, and two devices cannot hold one tensor
-            for tensor in [*cell.parameters(), *cell.buffers()]:
+            for tensor in [*stage.parameters(), *stage.buffers()]:
                 alone = stage_of.setdefault(id(tensor), k) == k
                 common.require(alone, "two stages share a parameter: join their layers")
         self.norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
         self.compute_streams = [self.make_stream(device) for device in self.devices]
-        # Channel k of either direction joins stages k - 1 and k; the first and the last join the caller.
+        # caller -0- stage 0 -1- stage 1 -2- ... -K- loss: channel k of either direction joins k - 1 and k
         sides = [self.devices[0], *self.devices, self.devices[-1]]
         pairs = list(zip(sides, sides[1:]))
         self.forward_channels = [Channel(a, b, self.make_stream) for a, b in pairs]
@@ -784,7 +804,7 @@ class Pipeline:
         first = self.devices[0]
         inputs = map_tensors(lambda part: part.to(first), require_tensors(inputs, "the mini-batch is"))
         pieces = scatter(inputs, self.M)
-        tasks = schedule(len(self.cells), len(pieces), self.mode)
+        tasks = schedule(len(self.stages), len(pieces), self.mode)
         if loss_fn is None:
             tasks = [task for task in tasks if task[0] == "F"]
         recomputed = {m for kind, m, _ in tasks if kind == "R"}
@@ -807,7 +827,7 @@ class Pipeline:
 
     def work(self, tasks, batch):
         """A thread a stage does that stage's tasks; all have ended when this returns."""
-        K = len(self.cells)
+        K = len(self.stages)
         columns = [tasks]
         if self.threads:
             columns = [[task for task in tasks if task[2] == k] for k in range(K)]
@@ -815,17 +835,17 @@ class Pipeline:
         if on_cuda:
             for device in set(self.devices):                        # after what the caller has enqueued
                 torch.cuda.synchronize(device)
-        zeros = [self.now(k) for k in range(K)]
+        started = [self.now(k) for k in range(K)]
         with ThreadPoolExecutor(K) as pool:
             for column in columns[:-1]:
                 pool.submit(self.worker, column, batch)
-            # The last stage works in the caller's thread: page faults of a new one cost per cents.
+            # The last stage works in the caller's thread: a new one, its memory cold, costs a few per cent.
             self.worker(columns[-1], batch)
         if on_cuda:
             for stream in self.compute_streams:                     # before the update
                 stream.synchronize()
             for task, (start, end) in batch.times.items():          # events of two devices do not compare
-                zero = zeros[task[2]]
+                zero = started[task[2]]
                 batch.times[task] = (zero.elapsed_time(start) / 1000, zero.elapsed_time(end) / 1000)
 
     def worker(self, tasks, batch):
@@ -855,7 +875,8 @@ class Pipeline:
             target.put(value)
 
     def do_forward(self, m, k, x, batch):
-        """F (G5). What is recomputed drops its graph, which only told which outputs want a gradient.
+        """F (G5). If it is to be recomputed, its graph is dropped here, once it has told which outputs want a
+        gradient.
 
         So a stage holds M inputs and one interior at most (G9), but for mode "never".
         """
@@ -918,7 +939,7 @@ class Pipeline:
         try:
             return self.model[i](x)
         finally:
-            thread_local.__dict__.clear()   # its defaults hold again
+            thread_local.__dict__.clear()   # the defaults in its class hold again
 
     def name_layer(self, k, i):
         """For messages."""
@@ -940,7 +961,7 @@ class Pipeline:
         x = map_tensors(torch.clone, x)
         for k, device in enumerate(self.devices):
             x = map_tensors(lambda part: part.to(device), x)
-            for i, layer in enumerate(self.cells[k], self.first_layer[k]):
+            for i, layer in enumerate(self.stages[k], self.first_layer[k]):
                 copies = [(buffer, buffer.clone()) for buffer in layer.buffers()]
                 before = side_effects(layer, device)
                 with torch.autocast(*batch.autocast, cache_enabled=False):
@@ -1032,7 +1053,7 @@ def profile_layer(layer, x):
 def footprint(rows, sizes, M, mode):
     """(bytes of parameters, peak bytes of activations) of every stage, from the rows of `profile` (G9).
 
-    12 bytes a parameter, as Table 1: weight, gradient, RMSProp's accumulator.
+    12 bytes a parameter, as Table 1; we read them as weight, gradient, RMSProp's accumulator.
     """
     interiors = M if mode == "never" else 1
     stages = []
@@ -1082,7 +1103,7 @@ def draw(dataset, cfg, step):
 
 
 def learning_rate(cfg, step):
-    """Rise, then the paper's exponential fall or lingvo's inverse square root, and our cooldown."""
+    """Rise, then the AmoebaNet paper's exponential fall or lingvo's inverse square root; our cooldown."""
     rise = (step + 1) / max(1, cfg.warmup)
     left = (cfg.steps - step) / max(1, cfg.steps * cfg.cooldown)
     fall = 1.0
@@ -1094,7 +1115,11 @@ def learning_rate(cfg, step):
 
 
 def optimizer(model, cfg):
-    """Sec. 4: RMSProp, with eps inside the root (torch: outside). For translation the paper names none."""
+    """Sec. 4: RMSProp. For translation the paper names none.
+
+    Official code differs: TensorFlow divides by sqrt(v + eps), torch by sqrt(v) + eps, which at small v makes
+    a step up to 3.2 times as long.
+    """
     if cfg.model == "translate":
         return torch.optim.Adam(model.parameters(), cfg.lr, betas=(0.9, 0.997), eps=1e-9)       # lingvo's
     return torch.optim.RMSprop(model.parameters(), cfg.lr, alpha=0.9, eps=0.1, weight_decay=4e-5)
@@ -1111,7 +1136,7 @@ def build(cfg, V):
     model = amoebanet(cfg.model[-1], cfg.layers, cfg.width, V, stem, cfg.dropout)
     for module in model.modules():
         if isinstance(module, BatchNorm):
-            module.momentum = cfg.momentum
+            module.momentum = cfg.bn_momentum
     return model
 
 
@@ -1195,12 +1220,12 @@ def train(cfg):
         opt.zero_grad()
         with common.autocast(cfg):
             value, _, _ = pipe.step(samples.inputs, samples.loss, step)
-        for cell in pipe.cells:             # over the replicas; a stage at a time, for it has one device
-            common.average_gradients(cell.parameters())
+        for stage in pipe.stages:           # over the replicas; a stage at a time, for it has one device
+            common.average_gradients(stage.parameters())
         opt.step()
         run.log(step, loss=value)
         if run.due(step, cfg.save) and common.rank() == 0:
-            draw_timeline(run.folder / "timeline.svg", pipe.minibatch, len(pipe.cells))
+            draw_timeline(run.folder / "timeline.svg", pipe.minibatch, len(pipe.stages))
         run.save(step)
     if common.rank() > 0:
         return 0
@@ -1218,7 +1243,7 @@ def check(cfg):
     """Every mistake that can be seen without the data; ranges of single fields stand in their comments."""
     require = common.require
     if cfg.model.startswith("amoebanet"):
-        require(cfg.layers % 3 == 0, f"--layers {cfg.layers}: AmoebaNet has three stacks of as many")
+        require(cfg.layers % 3 == 0, f"--layers {cfg.layers}: must be a multiple of 3: three equal stacks")
         require(cfg.width % 4 == 0, f"--width {cfg.width}: must be a multiple of 4")
     else:
         require(cfg.width % 2 == 0, f"--width {cfg.width}: must be a multiple of 2")
@@ -1286,6 +1311,7 @@ def prepare(cfg):
     if cfg.plan or cfg.emulate:
         return
     if len(set(stage_devices(cfg))) == 1:
+        # weight, gradient, RMSProp's accumulator (Adam has two)
         common.require_memory(cfg, lambda: build(cfg, cfg.classes or 1), copies=3)
     splits = {split: open_split(cfg, split) for split in ("train", "test")}
     count_classes(cfg, splits["train"])
@@ -1397,7 +1423,7 @@ class EmulatedPipeline(Pipeline):
 
 
 def plan_memory(cfg):
-    """--plan: memory and speed-up by shapes alone. --emulate: also the pipeline at work, asleep as long."""
+    """--plan: memory, traffic and speed-up by shapes alone. --emulate: also a pipeline of sleeping stages."""
     with torch.device("meta"):
         model = build(cfg, cfg.classes or 1000)
         rows = profile(model, example(cfg))
@@ -1405,10 +1431,12 @@ def plan_memory(cfg):
     K = len(stage_devices(cfg))
     sizes = stage_sizes(cfg, model, K, rows)
     loads = [sum(row["flops"] for row in stage) for stage in by_stage(rows, sizes)]
-    params = sum(row["params"] for row in rows)
-    print(f"{params:,} parameters, {len(rows)} layers, N = {cfg.batch}\n"
+    # what enters a stage from the one before it; as much returns as its gradient
+    sent = sum(2 * M * stage[0]["input"] for stage in by_stage(rows, sizes)[1:])
+    print(f"{sum(row['params'] for row in rows):,} parameters, {len(rows)} layers, N = {cfg.batch}, "
+          f"{sent / 2**30:.2f} GiB a step between stages\n"
           f"K = {K}, M = {M}: bubble of equal stages {bubble(K, M):.1%}, "
-          f"speed-up of these {speed_up(loads, M):.2f}")
+          f"speed-up of these {speed_up(loads, M):.2f}, both without recomputation")
     for k, (weights, activations) in enumerate(footprint(rows, sizes, M, cfg.checkpoint)):
         print(f"stage {k}: {sizes[k]} layers, {weights / 2**30:.2f} GiB of weights, "
               f"{activations / 2**30:.2f} of activations")
@@ -1417,7 +1445,8 @@ def plan_memory(cfg):
         pipe.step(torch.zeros(cfg.batch, 1, requires_grad=True), torch.sum)
         path = common.folder(cfg) / "timeline.svg"
         share = draw_timeline(path, pipe.minibatch, K)
-        print(f"emulated: idle {share:.1%}, speed-up {K * (1 - share):.2f}; {path}")
+        # the speed-up over one device that recomputes as much
+        print(f"emulated: idle {share:.1%}, speed-up {K * (1 - share):.2f} of F, R and B; {path}")
 
 
 def main(cfg):
