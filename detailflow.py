@@ -3,18 +3,18 @@
 A tokenizer writes an image as N tokens, coarse to fine: the first n of them are the image at R(n) pixels. A
 transformer predicts g tokens a step. Both learn to let later tokens make up for a wrong earlier one.
 
-    [patches | query 1 ... N] -> encoder -> codebook -> token 1 ... N        a query sees its group and before
+    [patches | query 1 ... N] -> encoder -> codebook -> token 1 ... N        a query sees no later group
     [mask ... mask | token 1 ... n] -> decoder -> image of R(n) pixels       fewer tokens, fewer masks
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
 
 Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .05 to .07, accuracy .54 to .65
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
-          --sample CHECKPOINT with --classes 6 --keep 8 (or 12px), with --encode F.npz or --decode F.npz
-Faithful: all that D1 to D20 say. Scaled: the demo's sizes, rates, losses; --std and --kmeans are our choices.
-Left out: SigLIP2, DINO and LPIPS (one --teacher for all); the discriminator's DINO heads; the entropy loss.
-Letters:  B images, C channels, R side, f patch, P patches, N tokens, n kept, g group, c first ones, K codes,
-          d their width, s to e noise, D width, H heads, w = D / H, S teacher's features; sg: stop-gradient.
-CUDA:     never run on CUDA. Read in this order: resolution, group_causal, VQ, Tokenizer, AR, generate.
+          python detailflow.py --sample CHECKPOINT --classes 6 --keep 8    (or --encode F.npz, --decode F.npz)
+Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: what the preset demo sets.
+Left out: VGG, DINO, SigLIP2: one --teacher is all three; the encoder starts at random, or from --tokenizer.
+Letters:  B images, b = B, or 2 B with the corrected ones (D7), C channels, R side, f patch, p patches a side,
+          P of them, N tokens, n kept, g group, K codes of width d, D width, H heads, w = D / H, S features.
+CUDA:     never run on CUDA.  Read in this order: resolution, VQ, Tokenizer, loss_tokenizer, AR, generate.
 """
 
 import copy
@@ -41,34 +41,34 @@ class Config:
     objects: int = 1                # in [1, 4]: most objects in a drawn image
     size: int = 256                 # >= 2: side R of the image
     flip: bool = True               # flip each image left-right with probability 1/2
-    zoom: float = 1.25              # >= 1: cut windows out of images enlarged by up to this (ar: 1.1)
+    zoom: float = 1.25              # >= 1: crop images enlarged by 1 to this; ar: by 1 + 0.4 (zoom - 1)
     patch: int = 16                 # >= 1: patch side f
     tokens: int = 128               # >= 2: N, tokens an image
     group: int = 8                  # >= 1: g, tokens predicted in one step
-    causal: int = 8                 # >= 1: c, first tokens, which are predicted one by one
+    causal: int = 8                 # >= 1: c, how many tokens are predicted one by one at first
     codes: int = 8192               # >= 1: K, size of the codebook
     dim: int = 8                    # >= 1: d, width of a code
-    alpha: float = 1.5              # > 0: exponent of the resolution law
+    alpha: float = 1.5              # > 0: exponent of the resolution law; 1: linear
     rounding: Literal["ceil", "nearest"] = "ceil"       # of R(n) to multiples of f: official code, or paper
     encoder: str = "1152x12x16x4304"                    # WIDTHxDEPTHxHEADSxMLP
     decoder: str = "768x12x12x3072"                     # the same of the decoder
     gpt: str = "1024x24x16x2816"    # the same of the AR transformer
-    std: float = 0.0                # >= 0: our choice: s.d. of queries and positions at first; 0: paper
+    std: float = 0.0                # >= 0: our choice: s.d. of queries and positions; 0: .02, grids D^-1/2
     degrade: float = 0.2            # in [0, 1]: share of the steps that decode fewer than N tokens
     correct: bool = True            # self-correction, at every step
-    near: int = 50                  # >= 1: noise is one of so many nearest codes
+    near: int = 50                  # >= 1: a noisy token is one of so many codes, nearest to the latent
     kmeans: int = 0                 # >= 0: our choice: steps before k-means sets the codes; 0: paper
     perceptual: float = 1.0         # >= 0: weight of the perceptual loss
     ramp: int = 10_000              # >= 0: steps in which it rises from 0
     gan: float = 0.2                # >= 0: weight of the adversarial losses
-    gan_from: int = 40_000          # >= 0: first step with them, counted from 1
+    gan_from: int = 40_000          # >= 0: first step with them, counted from 1 (official code)
     align: float = 1.0              # >= 0: weight of the first token's alignment
-    teacher: str = "judge"          # judge, or a frozen model: TorchScript .pt, torch.export .pt2
-    tokenizer: str = ""             # checkpoint: stage ar builds on it, the other starts from it
+    teacher: str = "judge"          # judge: a classifier trained here; or TorchScript .pt, torch.export .pt2
+    tokenizer: str = ""             # checkpoint: stage ar builds on it, stage tokenizer starts from it
     noisy: float = 0.3              # in [0, 1]: share of AR sequences with a mistake and its correction
     label_dropout: float = 0.1      # in [0, 1]: share of them that lose their label; 0: no null label
     dropout: float = 0.1            # in [0, 1]: of the AR model: embeddings, both residual branches
-    steps: int = 1_251_000          # >= 1: optimizer steps of each stage; given, it overrides the next 2
+    steps: int = 1_251_000          # >= 1: optimizer steps of each stage; --steps overrides a preset's next 2
     steps_tokenizer: int = 0        # >= 0: of stage tokenizer; 0: --steps
     steps_ar: int = 0               # >= 0: of stage ar
     batch: int = 256                # >= 1: images a step, over all processes
@@ -84,7 +84,7 @@ class Config:
     top_p: float = 1.0              # in (0, 1]: sample from the likeliest codes of this mass; 1: all
     keep: str = "all"               # tokens generated or decoded: all, 24, or as 48px the side
     classes: str = "all"            # labels to generate, as 3,5; all is every class in turn
-    count: int = 500                # >= 1: images measured, or rows of a picture of --sample, to 10
+    count: int = 500                # >= 1: images measured; rows of a picture of --sample, at most 10
     encode: str = ""                # with --sample: write the tokens of --data to FILE.npz
     decode: str = ""                # with --sample: draw the tokens of FILE.npz
     seed: int = 0                   # every random number is a function of (seed, step)
@@ -101,15 +101,15 @@ class Config:
     sampling: ClassVar = ("data", "cfg_scale", "cfg_gradual", "temperature",    # what --sample may change
                           "top_k", "top_p", "keep", "classes", "count", "encode", "decode")
 
-GUIDANCE = {128: 1.45, 256: 1.5, 512: 1.32}             # scale by N, official README
+GUIDANCE = {128: 1.45, 256: 1.5, 512: 1.32}   # scale by N (README, which has batch_ar=512 for -16 and -32)
 SIZES = {"B": "768x12x12x2048", "L": "1024x24x16x2816", "XL": "1280x36x20x3584", "XXL": "1536x48x24x4096"}
-PAPER = dict(data="folder:imagenet", teacher="siglip2.pt", bf16=True, steps_ar=1_501_200)   # 250, 300 epochs
+PAPER = dict(data="folder:imagenet", teacher="siglip2.pt", bf16=True, steps_ar=1_501_200)   # epochs: 250; 300
 PRESETS = {
     "demo": dict(size=16, flip=False, zoom=1.0, patch=4, tokens=16, group=4, causal=4, codes=256, near=32,
                  encoder="96x2x4x192", decoder="96x3x4x192", gpt="96x4x4x256", std=0.5, kmeans=200,
                  perceptual=0.0, gan=0.0, align=0.0, steps=2600, steps_ar=1600, batch=16, batch_ar=32,
                  lr=0.056, warmup=0.05, lr_ar=4e-3, dropout=0.0, ema=0.98, cfg_scale=2.5, save=1000),
-    "small": dict(data="cifar10", size=32, patch=4, tokens=32, group=4, causal=4, codes=1024,   # not yet run
+    "small": dict(data="cifar10", size=32, patch=4, tokens=32, group=4, causal=4, codes=1024,  # ours, not run
                   encoder="256x6x4x1024", decoder="256x6x4x1024", gpt="384x8x6x1024", std=0.5, kmeans=1000,
                   gan_from=10_000, steps=40_000, batch=128, lr=1e-3, warmup=0.05, lr_ar=3e-4, ema=0.999),
     **{f"DetailFlow-{N // 8}": PAPER | dict(tokens=N, cfg_scale=s) for N, s in GUIDANCE.items()},
@@ -123,7 +123,7 @@ PRESETS = {
 
 
 def admissible(cfg):
-    """The numbers n of tokens that can be decoded: 1 to c, then up to the end of any later group."""
+    """The numbers n of tokens that can be decoded: 1 to c, a multiple of g, then the ends of later groups."""
     return [*range(1, cfg.causal + 1), *range(cfg.causal + cfg.group, cfg.tokens + 1, cfg.group)]
 
 
@@ -132,19 +132,20 @@ def resolution(n, cfg):
 
     Above alpha = 1 the first tokens buy the most pixels, the last ones the fewest.
     """
-    missing = (cfg.tokens - n) / (cfg.tokens - 1)
-    return cfg.size - (cfg.size - 1) * missing ** cfg.alpha
+    share_missing = (cfg.tokens - n) / (cfg.tokens - 1)
+    return cfg.size - (cfg.size - 1) * share_missing ** cfg.alpha
 
 
 def detail_side(n, cfg):
-    """R(n) in whole pixels: the target of n tokens holds no finer detail. Official code: cut, not rounded."""
+    """R(n) in whole pixels, cut as in the official code: the target of n tokens holds no finer detail."""
     return int(resolution(n, cfg))
 
 
 def image_side(n, cfg):
-    """The side of the image that n tokens are decoded to: that of its detail, brought to a multiple of f.
+    """The side r of the image that n tokens are decoded to: that of its detail, brought to a multiple of f.
 
-    Official code differs from the paper's figures: it rounds up, they show the nearest multiple.
+    Official code differs from the paper's figures: it rounds up, they show the nearest multiple. The paper's
+    sizes, n = 8: R(n) = 21.8, detail 21, image 32 (nearest: 16).
     """
     patches = detail_side(n, cfg) / cfg.patch
     if cfg.rounding == "ceil":
@@ -156,8 +157,8 @@ def make_target(x, n, cfg):
     """D2: what n tokens are to draw of images (B, C, R, R), without detail beyond R(n) pixels."""
     if n == cfg.tokens:
         return x
-    blurred = F.interpolate(x, detail_side(n, cfg), mode="area")                              # (B, C, r, r)
-    return F.interpolate(blurred, image_side(n, cfg), mode="bicubic")                         # (B, C, h, h)
+    blurred = F.interpolate(x, detail_side(n, cfg), mode="area")                              # (B, C, k, k)
+    return F.interpolate(blurred, image_side(n, cfg), mode="bicubic")                         # (B, C, r, r)
 
 
 def group_causal(n, g, c):
@@ -178,35 +179,35 @@ def patchify(x, f):
 
 def unpatchify(patches, f):
     """The inverse, to a square image."""
-    n = math.isqrt(patches.shape[1])
-    x = patches.unflatten(2, (f, f, -1)).unflatten(1, (n, n))                           # (B, n, n, f, f, C)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                           # (B, C, n*f, n*f)
+    p = math.isqrt(patches.shape[1])
+    x = patches.unflatten(2, (f, f, -1)).unflatten(1, (p, p))                           # (B, p, p, f, f, C)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                           # (B, C, p*f, p*f)
 
 
-def resize_grid(grid, n):
-    """A learned grid of positions (s, s, D) for n x n patches."""
-    x = F.interpolate(grid.permute(2, 0, 1)[None], n, mode="bilinear", antialias=True)        # (1, D, n, n)
-    return x[0].flatten(1).T                                                                      # (n*n, D)
+def resize_grid(grid, p):
+    """A learned grid of positions (a, a, D) for p x p patches."""
+    x = F.interpolate(grid.permute(2, 0, 1)[None], p, mode="bilinear", antialias=True)        # (1, D, p, p)
+    return x[0].flatten(1).T                                                                      # (p*p, D)
 
 
 def gaussian(std, *shape):
-    """A parameter drawn from N(0, std^2)."""
+    """A parameter drawn from N(0, std^2). Official code differs: it truncates, for positions of tokens."""
     return nn.Parameter(torch.randn(*shape) * std)
 
 
-# D12  position p of the AR model has row (p - 1) // g and column (p - 1) mod g; pair i of a head turns by
-#      the row (first half of the pairs) or the column (second half) times 10000^(-2 i / (w / 2))
+# D3  input p of the AR model, the class not counted (D8), has row p // g and column p mod g
+#      angle of pair i = row 10000^(-2 i / (w / 2)) in the first half of a head's pairs, column in the second
 
 
 def rotary_embedding(N, g, w):
-    """Cosines and sines (2, N, w/2) of D12, for heads of width w.
+    """Cosines and sines (2, N, w/2) of D3, for heads of width w.
 
-    Official code, as LlamaGen: for the class, p = 0, both are 0, and so its queries and keys are; and rows
-    begin one position behind the groups of the mask.
+    Official code, as LlamaGen: for the class both are 0, and so its queries and keys are. As it stands in
+    front, rows begin one position behind the groups of the mask.
     """
     p = torch.arange(N - 1)[:, None]
     rate = 10_000.0 ** (-torch.arange(0, w // 2, 2) / (w // 2))
-    angle = torch.cat([p // g * rate, p % g * rate], 1)         # p: of the tokens, the class comes in front
+    angle = torch.cat([p // g * rate, p % g * rate], 1)                                        # (m, w/2)
     return F.pad(torch.stack([angle.cos(), angle.sin()]), (0, 0, 1, 0))                         # (2, N, w/2)
 
 
@@ -268,9 +269,9 @@ def initialise(module, llama):
 
 # --- Model -------------------------------------------------------------------
 
-# D4  u = h / |h|, e_k = E_k / |E_k|, id = argmin_k |u - e_k|, q = u + sg(e_id - u)
-#     L_codebook = mean (e_id - sg u)^2 moves the code to the latent, L_commit = mean (sg e_id - u)^2 the
-#     latent to the code: equal numbers, different gradients
+# D4  u = h / |h|, e_k = E_k / |E_k|, id = argmin_k |u - e_k|, q = u + sg(e_id - u)        sg: stop-gradient
+#     L_codebook = mean (e_id - sg u)^2      moves the code to the latent
+#     L_commit = mean (sg e_id - u)^2        the latent to the code: an equal number; its weight in D9 is 0.25
 
 
 class VQ(nn.Module):
@@ -280,7 +281,7 @@ class VQ(nn.Module):
         super().__init__()
         self.codes = nn.Parameter(F.normalize(torch.empty(K, d).uniform_(-1 / K, 1 / K), dim=1))
         self.register_buffer("use", torch.zeros(K))             # shares of the picks since the last reset
-        self.bypass = False                                     # before --kmeans: latents go on as they are
+        self.bypass = False                                     # before --kmeans: normalised, not quantised
 
     def vectors(self, ids):
         """Unit vectors (..., d) of ids (...)."""
@@ -313,26 +314,26 @@ def parse_network(text):
     return numbers
 
 
-# D3  latents = ViT[patches + grid, queries + positions]; patches see the patches, queries see them and, by
+# D5  latents = ViT[patches + grid, queries + positions]; patches see the patches, queries see them and, by
 #     group_causal, the queries. So a prefix of the queries gives a prefix of the latents.
 
 
 class Encoder(nn.Module):
-    """ViT over patches and, behind them, latent queries; the patches never see those (D3)."""
+    """ViT over patches and, behind them, latent queries; the patches never see those (D5)."""
 
     def __init__(self, cfg):
         super().__init__()
         D, depth, H, m = parse_network(cfg.encoder)
         N = cfg.tokens
-        n = cfg.size // cfg.patch
+        p = cfg.size // cfg.patch
         std = cfg.std or 0.02
         self.f = cfg.patch
-        self.P = n * n
+        self.P = p * p
         self.embed = nn.Linear(3 * cfg.patch ** 2, D)
         self.norm = nn.LayerNorm(D, 1e-6)
-        self.grid = gaussian(cfg.std or D ** -0.5, n, n, D)
+        self.grid = gaussian(cfg.std or D ** -0.5, p, p, D)
         self.queries = gaussian(std, N, D)
-        self.refined = gaussian(std, N, D)                      # queries of a second pass (D6)
+        self.refined = gaussian(std, N, D)                      # queries of a second pass (D7)
         self.positions = gaussian(std, N, D)                    # for both kinds of queries
         self.blocks = nn.ModuleList(Block(D, H, m) for _ in range(depth))
         # Rows see columns: all see the patches, queries those queries that group_causal allows.
@@ -363,11 +364,11 @@ class Encoder(nn.Module):
         return self.norm(h[:, -z.shape[1]:]), kept                                 # (B, n, D), (B, H, P, w)
 
 
-# D5  x^ = Linear(ViT[mask + grid(r), W q_1..n + positions_1..n]) on the mask tokens, r = image_side(n)
+# D6  x^ = Linear(ViT[mask + grid(r), W_read q[:n] + b + positions[:n]]) on the mask tokens, r = image_side(n)
 
 
 class Decoder(nn.Module):
-    """ViT over n tokens and one mask token for each patch of the image to be drawn; all see all (D5).
+    """ViT over n tokens and one mask token for each patch of the image to be drawn; all see all (D6).
 
     So one decoder draws every side: fewer masks, at positions resampled from one learned grid.
     """
@@ -375,11 +376,11 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         D, depth, H, m = parse_network(cfg.decoder)
-        n = cfg.size // cfg.patch
+        p = cfg.size // cfg.patch
         self.f = cfg.patch
         self.norm = nn.LayerNorm(D, 1e-6)
         self.head = nn.Linear(D, 3 * cfg.patch ** 2)
-        self.grid = gaussian(cfg.std or D ** -0.5, n, n, D)
+        self.grid = gaussian(cfg.std or D ** -0.5, p, p, D)
         self.mask = gaussian(0.02, D)
         self.positions = gaussian(cfg.std or 0.02, cfg.tokens, D)
         self.blocks = nn.ModuleList(Block(D, H, m) for _ in range(depth))
@@ -394,19 +395,19 @@ class Decoder(nn.Module):
         return unpatchify(self.head(self.norm(h[:, :len(masks)])), self.f)                    # (B, C, r, r)
 
 
+# D7  tokens s to e - 1, from 0, are noise: one of the first c, or a group; Sec. 3.3
+#     corrupt    noise[i] = one of the `near` codes nearest to latent i;  prefix = sg [q[:s], noise[s:e]]
+#     re-encode  q' = VQ(enc(X; [W_refine prefix + b, refined[e:]] + positions))     weights of the first pass
+#     merge      [prefix, q'[e:]]: the tokens from e on know of the mistake and make up for it
+#     losses     (N L + (N - e) L') / (2 N - e)      L: mean over N tokens; L': over those of q' from e on
+
+
 class Triple(NamedTuple):
     """Three forms of a sequence of ids, each (B, N); equal where nothing was corrupted."""
 
     clean: torch.Tensor             # what the first pass chose
     given: torch.Tensor             # what an AR model reads: noise, and behind it tokens that make up for it
     target: torch.Tensor            # what it is to predict: the same, with clean ids in place of the noise
-
-
-# D6  tokens s to e (counted from 0, e not included) are noise: one of the first c, or a group; Sec. 3.3
-#     corrupt    noise_i = one of the `near` codes nearest to latent i;  prefix = sg[q_1..s, noise_s..e]
-#     re-encode  q' = VQ(enc(X; [W prefix, refined_e..N] + positions)), weights as in the first pass
-#     merge      [prefix, q'_e..N]: the tokens from e on know of the mistake and make up for it
-#     losses     L N / (2N - e) + L' (N - e) / (2N - e), L' on the tokens from e on
 
 
 class Tokenizer(nn.Module):
@@ -443,7 +444,7 @@ class Tokenizer(nn.Module):
         return q, ids, losses.mean((1, 2))                                         # (B, N, d), (B, N), (2)
 
     def correct(self, x, s, u):
-        """D6 on images (B, 3, R, R): noise from s on, (B,) or one for all, chosen by uniform draws u (B, N).
+        """D7 on images (B, 3, R, R): noise from s on, (B,) or one for all, chosen by uniform draws u (B, N).
 
         Returns vectors (2 B, N, d), clean ones, then corrected ones; a Triple; the losses as tokenize does.
         """
@@ -455,10 +456,10 @@ class Tokenizer(nn.Module):
         e = s + torch.where(s < cfg.causal, 1, cfg.group)                                           # (B, 1)
         late = place >= e                                                                           # (B, N)
         noisy = (place >= s) & ~late                                                                # (B, N)
-        # corrupt. Official code: the clean tokens ahead of the noise are constants as well.
+        # corrupt. The nearest code is the clean token itself. Official code: clean ones ahead are constants.
         near = self.vq.nearest(h.detach(), cfg.near)                                             # (B, N, k)
-        wrong = near.gather(2, (u * cfg.near).long()[..., None]).squeeze(2)                         # (B, N)
-        prefix = torch.where(noisy[..., None], self.vq.vectors(wrong), q).detach()               # (B, N, d)
+        noise = near.gather(2, (u * cfg.near).long()[..., None]).squeeze(2)                         # (B, N)
+        prefix = torch.where(noisy[..., None], self.vq.vectors(noise), q).detach()               # (B, N, d)
         # re-encode
         z = torch.where(late[..., None], self.encoder.refined, self.refine(prefix))              # (B, N, D)
         h2, _ = self.encoder(x, z + self.encoder.positions, kv_cache)              # (B, N, D), (B, H, P, w)
@@ -466,19 +467,20 @@ class Tokenizer(nn.Module):
         # merge. The two passes chose N and N - e tokens; the losses are means over all of these.
         q2 = torch.where(late[..., None], q2, prefix)                                            # (B, N, d)
         target = torch.where(late, ids2, ids)                                                       # (B, N)
-        triple = Triple(ids, torch.where(noisy, wrong, target), target)                     # each (B, N)
+        triple = Triple(ids, torch.where(noisy, noise, target), target)                     # each (B, N)
         total = losses.sum((1, 2)) + (losses2 * late).sum((1, 2))                                      # (2)
         losses = total / (late.numel() + late.sum())                                                   # (2)
         return torch.cat([q, q2]), triple, losses                                # (2*B, N, d), (B, N), (2)
 
 
-# D9  reads     class  1  2  3  4  m  m  m  5  6  7  8          N = 12, c = g = 4: position p, from 0,
+# D8  reads     class  1  2  3  4  m  m  m  5  6  7  8          N = 12, c = g = 4: position p, from 0,
 #     predicts      1  2  3  4  5  6  7  8  9 10 11 12          predicts token p + 1; group_causal mask
 #     The learned masks m stand there once, for the first parallel group; behind it token i asks for i + g.
+#     The last g tokens are never read.
 
 
 class AR(nn.Module):
-    """Class-conditional transformer in LlamaGen's form; it predicts g tokens a step with one head (D9)."""
+    """Class-conditional transformer in LlamaGen's form; it predicts g tokens a step with one head (D8)."""
 
     def __init__(self, cfg, classes):
         super().__init__()
@@ -499,7 +501,7 @@ class AR(nn.Module):
         self.register_buffer("mask", group_causal(cfg.tokens, self.g, self.c), persistent=False)
 
     def embed(self, ids, y):
-        """The upper row of D9 for ids (B, N) and labels y (B,), cut to N: with c = N no mask has a place."""
+        """The upper row of D8 for ids (B, N) and labels y (B,). With c = N no group is parallel: masks go."""
         B, N = ids.shape
         z = self.table(ids)                                                                      # (B, N, D)
         start = self.label(y)[:, None]                                                           # (B, 1, D)
@@ -520,9 +522,10 @@ class AR(nn.Module):
 
 
 def make_discriminator(S):
-    """From S maps of the teacher's to one logit a place, large for real images; and their running means.
+    """From the teacher's S maps to one logit a place, large for real images; `means` are D15's running means.
 
-    Left out: the official heads on five layers of DINO, with spectral norm, SyncBN and circular convolutions.
+    Official code differs: five depths of DINO at 224 pixels, crops of larger images, and on each depth a head
+    with spectral norm, SyncBN and circular convolutions; here it is the teacher's one depth.
     """
     disc = nn.Sequential(nn.Conv2d(S, S, 1), nn.LeakyReLU(0.2), nn.Conv2d(S, 1, 1))
     disc.register_buffer("means", torch.zeros(2))               # of real and of fake images
@@ -531,37 +534,39 @@ def make_discriminator(S):
 
 # --- Objective ---------------------------------------------------------------
 
-# D7  L = MSE + w_lpips LPIPS + L_codebook + 0.25 L_commit + w_gan L_gan + w_align L_align
-# D13  L_align = -cos(MLP(q_1), mean over places of the teacher's maps of X), q_1 clean, Eq. (4)
-# D14  w_lpips = min(1, step / 10,000), w_gan = 0.2 from step 40,000 on, steps counted from 1
+# D9  L = MSE + w_lpips LPIPS + L_codebook + 0.25 L_commit + w_gan L_gan + w_align L_align
+#     MSE, LPIPS and L_gan are over clean and corrected images alike; both have the target of D2
+# D10  L_align = -cos(MLP(q[0]), mean over places of the teacher's maps of X), q[0] clean, Eq. (4)
+# D11  w_lpips = min(1, step / 10,000), w_gan = 0.2 if step >= 40,000 else 0      steps from 1 (official code)
 
 
 def weights(cfg, step):
-    """The weights of the losses (D14). `step` counts from 0, here as everywhere in this file."""
+    """The weights of the losses (D11). `step` counts from 0, here as everywhere in this file."""
     lpips = cfg.perceptual * min(1, (step + 1) / max(cfg.ramp, 1))
     gan = cfg.gan if step + 1 >= cfg.gan_from else 0.0
     return {"mse": 1.0, "codebook": 1.0, "commit": 0.25, "align": cfg.align, "lpips": lpips, "gan": gan}
 
 
-# D16  n = N with probability 1 - degrade, else uniform in 1 ... N - g; above c, up to the end of its group
-# D17  s uniform in 0 ... n - 1 if n <= c, else in 0 ... n - g - 1; from c on, down to the start of its group
+# D12  n = N with probability 1 - degrade, else
+#      n = t if t <= c else g ceil(t / g)          t uniform in 1 ... N - g
+# D13  s = t if t < c else g floor(t / g)          t uniform in 0 ... n - 1 if n <= c, else in 0 ... n - g - 1
 
 
 def prefix_length(u, v, cfg):
-    """D16: two uniform draws to the number n of tokens that a step decodes."""
+    """D12: two uniform draws to the number n of tokens that a step decodes."""
     if u >= cfg.degrade:
         return cfg.tokens
-    n = 1 + int(v * (cfg.tokens - cfg.group))
-    return n if n <= cfg.causal else math.ceil(n / cfg.group) * cfg.group
+    t = 1 + int(v * (cfg.tokens - cfg.group))
+    return t if t <= cfg.causal else math.ceil(t / cfg.group) * cfg.group
 
 
 def noise_start(u, n, cfg):
-    """D17: uniform draws to first noisy positions s among n > 1 tokens.
+    """D13: uniform draws to first noisy positions s among n > 1 tokens.
 
     Official code: of n <= c tokens the last may be hit, past correction.
     """
-    s = (u * (n if n <= cfg.causal else n - cfg.group)).long()
-    return torch.where(s < cfg.causal, s, s // cfg.group * cfg.group)
+    t = (u * (n if n <= cfg.causal else n - cfg.group)).long()
+    return torch.where(t < cfg.causal, t, t // cfg.group * cfg.group)
 
 
 def enlarge(x, r):
@@ -569,15 +574,15 @@ def enlarge(x, r):
     return F.interpolate(x, r, mode="bicubic") if x.shape[-1] < r else x
 
 
-# D20  DiffAugment: colour, shift by up to 1/8 of the side, a black square; each with probability `chance`
+# D14  DiffAugment: colour, shift by up to 1/8 of the side, a black square; each with probability `chance`
 
 
 def augment(x, u, cut=0.2, chance=0.5):
-    """D20 on images (B, C, h, h) by draws u (b, 10), b >= B; the square has a side of cut * h."""
+    """D14 on images (B, C, h, h) by the first B rows of draws (2 B, 10); the square's side is cut * h."""
     B, _, h, _ = x.shape
-    u = u[:B]
-    coloured, shifted, holed = (u[:, :3] < chance)[..., None].unbind(1)                    # each (B, 1)
-    tint = torch.where(coloured, u[:, 3:6] - 0.5, 0)                                                # (B, 3)
+    whether, tint, shift, corner = u[:B].split([3, 3, 2, 2], 1)            # (B, 3), (B, 3), (B, 2), (B, 2)
+    coloured, shifted, holed = (whether < chance)[..., None].unbind(1)                          # each (B, 1)
+    tint = torch.where(coloured, tint - 0.5, 0)                                                     # (B, 3)
     brightness, saturation, contrast = tint[..., None, None, None].unbind(1)             # each (B, 1, 1, 1)
     # colour
     x = x + brightness                                                                        # (B, C, h, h)
@@ -586,23 +591,23 @@ def augment(x, u, cut=0.2, chance=0.5):
     # shift: rows and columns of the image with a black margin around it
     line = torch.arange(h, device=x.device)                                                            # (h)
     margin = round(h / 8)
-    shift = torch.where(shifted, (u[:, 6:8] * (2 * margin + 1)).long(), margin)                     # (B, 2)
+    shift = torch.where(shifted, (shift * (2 * margin + 1)).long(), margin)                         # (B, 2)
     rows, columns = (line + shift[..., None]).unbind(1)                                     # (B, h), (B, h)
     image = torch.arange(B, device=x.device)[:, None, None]                                      # (B, 1, 1)
     x = F.pad(x, [margin] * 4)[image, :, rows[:, :, None], columns[:, None]]    # puts C last # (B, h, h, C)
     # square
     side = round(h * cut)
-    corner = (u[:, 8:] * (h + 1 - side % 2)).long() - side // 2                                     # (B, 2)
-    past = line - corner[..., None]                                                              # (B, 2, h)
-    inside = (past >= 0) & (past < side) & holed[..., None]                                      # (B, 2, h)
+    corner = (corner * (h + 1 - side % 2)).long() - side // 2                                       # (B, 2)
+    offset = line - corner[..., None]                                                            # (B, 2, h)
+    inside = (offset >= 0) & (offset < side) & holed[..., None]                                  # (B, 2, h)
     hole = inside[:, 0, :, None] & inside[:, 1, None]                                            # (B, h, h)
     return (x * ~hole[..., None]).permute(0, 3, 1, 2)                                         # (B, C, h, h)
 
 
-def loss_tokenizer(model, x, draws, weight, features=None, disc=None):
-    """D7 on images x (B, 3, R, R), by draws of draw_tokenizer: value, losses, and (ids, recon, target).
+def loss_tokenizer(model, x, draws, weight, teacher=None, disc=None):
+    """D9 on images x (B, 3, R, R), by draws of draw_tokenizer.
 
-    features: the teacher; the last three are for the discriminator and the count of codes in use.
+    Returns value, losses, and (ids, recon, target) for the discriminator and the count of codes in use.
     """
     n = draws["n"]
     # The encoder always sees the whole image; clean and corrected vectors have the same target.
@@ -614,39 +619,40 @@ def loss_tokenizer(model, x, draws, weight, features=None, disc=None):
         target = torch.cat([target, target])                                                # (2*B, C, r, r)
     recon = model.decode(q[:, :n]).to(x.dtype)                                                # (b, C, r, r)
     losses = {"mse": F.mse_loss(recon, target), "codebook": codebook, "commit": commit}
-    if weight["lpips"]:                                         # our stand-in: LPIPS with weights of 0.1
-        a, b = (F.normalize(features(image).to(x.dtype), dim=1) for image in (recon, target))
+    if weight["lpips"]:                                     # our stand-in: one layer, its channels weigh 0.1
+        a, b = (F.normalize(teacher(image).to(x.dtype), dim=1) for image in (recon, target))
         losses["lpips"] = 0.1 * (a - b).square().sum(1).mean()
     if weight["gan"]:
-        losses["gan"] = -disc(features(augment(recon, draws["augment"][0]))).to(x.dtype).mean()
-    if weight["align"]:                                         # D13
+        losses["gan"] = -disc(teacher(augment(recon, draws["augment"][0]))).to(x.dtype).mean()
+    if weight["align"]:                                         # D10
         first = model.align(q[:len(x), 0]).to(x.dtype)                                              # (B, S)
-        feature = features(x).mean((2, 3)).to(x.dtype)                                              # (B, S)
+        feature = teacher(x).mean((2, 3)).to(x.dtype)                                               # (B, S)
         losses["align"] = -F.cosine_similarity(first, feature).mean()
     value = sum(weight[name] * loss for name, loss in losses.items())
     return value, losses, (ids, recon.detach(), target)
 
 
-# D15  L_D = w_gan (hinge + 0.001 LeCam) + 4 mean (D - D')^2, D' under harder augmentation
+# D15  L_D = w_gan (hinge + 0.001 LeCam) + (4 if w_gan > 0 else 0) mean (D - D')^2
+#      D' under harder augmentation (D14)
 #      hinge = (mean relu(1 - D_real) + mean relu(1 + D_fake)) / 2
 #      LeCam = mean relu(D_real - mean_fake)^2 + mean relu(mean_real - D_fake)^2, running means, decay 0.999
 
 
-def disc_logits(disc, features, recon, target, draws):
+def disc_logits(disc, teacher, recon, target, draws):
     """Logits of real and of fake images, then of both under harder augmentation, by draws (4, 2 B, 10)."""
     logits = []
     for cut, chance in ((0.2, 0.5), (0.5, 1.0)):
         for x in (target, recon):
             shown = augment(x, draws[len(logits)], cut, chance)                               # (b, C, r, r)
-            logits.append(disc(features(shown)).to(x.dtype))
+            logits.append(disc(teacher(shown)).to(x.dtype))
     return logits
 
 
 def loss_disc(logits, means, weight):
-    """D15 of disc_logits. Official code: the weight, 0 at first, leaves out the consistency term.
+    """D15 of disc_logits. weight: w_gan, which turns consistency on but does not scale it (official code).
 
     LeCam charges real logits above the running mean of the fake ones, and fake ones below that of the real
-    ones: it holds back a discriminator that runs ahead of the decoder. The logits have moved the means.
+    ones: it holds back a discriminator that runs ahead of the decoder. The means include these logits.
     """
     real, fake, *hard = logits
     hinge = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -655,11 +661,11 @@ def loss_disc(logits, means, weight):
     return weight * (hinge + 0.001 * lecam) + (4 if weight else 0) * consistency
 
 
-# D10  mean cross-entropy over all N tokens; 30 % of the sequences are read as `given` and predict `target`
+# D16  mean cross-entropy over all N tokens; 30 % of the sequences are read as `given` and predict `target`
 
 
 def loss_ar(model, batch, draws):
-    """D10. batch: a Triple, labels (B,); draws: which sequences (B,) show a mistake, which drop their label.
+    """D16. batch: a Triple, labels (B,); draws: which sequences (B,) show a mistake, which drop their label.
 
     What the model reads may hold a mistake, what it is to say never does: it learns to go on from one.
     """
@@ -673,12 +679,13 @@ def loss_ar(model, batch, draws):
 
 # --- Sampling ----------------------------------------------------------------
 
-# D11  c tokens one by one, then groups of g: N tokens take c + (N - c) / g steps
-# D18  logits = null + s (cond - null); --cfg_gradual: s (N - i + g) / (N + g) in a step behind i >= c tokens
+# D17  c tokens one by one, then groups of g: N tokens take c + (N - c) / g steps
+# D18  logits = null + scale (cond - null)         scale = cfg_scale
+#      with --cfg_gradual, in a step behind i >= c tokens: scale = cfg_scale (N - i + g) / (N + g)
 
 
 def spans(n, g, c):
-    """The steps to n tokens (D11) as (start, end)."""
+    """The steps to n tokens (D17) as (start, end)."""
     for i in range(min(n, c)):
         yield i, i + 1
     for i in range(c, n, g):
@@ -686,7 +693,7 @@ def spans(n, g, c):
 
 
 def guidance(i, cfg):
-    """The scale s of D18 for the step behind i tokens."""
+    """The scale of D18 for the step behind i tokens."""
     if cfg.cfg_gradual and i >= cfg.causal:
         return cfg.cfg_scale * ((cfg.tokens - i + cfg.group) / (cfg.tokens + cfg.group))
     return cfg.cfg_scale
@@ -694,7 +701,7 @@ def guidance(i, cfg):
 
 @torch.no_grad()
 def generate(model, y, u, cfg, cached=True):
-    """Ids (B, n) for labels y (B,), by uniform draws u (B, n): the tokens of a group are independent (D11).
+    """Ids (B, n) for labels y (B,), by uniform draws u (B, n): the tokens of a group are independent (D17).
 
     cached=False computes all positions again at every step, as the official code does: the definition.
     """
@@ -739,40 +746,40 @@ def open_teacher(cfg):
         torch.manual_seed(0)
         network = common.Judge(3, 32, 1).requires_grad_(False).to(device).spatial
 
-    def features(x):
-        # Official code differs: LPIPS gets small pictures as they are. Enlarged, every network reads them.
+    def teacher(x):
+        # Official code differs: LPIPS gets small pictures as they are. A file may read no side but --size.
         return network(enlarge(x, cfg.size))
 
     x = torch.linspace(-1, 1, 6 * cfg.size ** 2, device=device).view(2, 3, cfg.size, cfg.size)
-    alone = features(x[:1])[0]                                                                   # (S, h, w)
-    beside = features(x)[0]                                                                      # (S, h, w)
+    alone = teacher(x[:1])[0]                                                                    # (S, h, w)
+    beside = teacher(x)[0]                                      # with another image             # (S, h, w)
     # In training mode a file draws dropout, or takes norms over the batch.
     frozen = (alone - beside).abs().max() <= 1e-3 * beside.abs().max()
     common.require(frozen, f"--teacher {cfg.teacher}: an image's features change with the call; "
                            "save it after .eval()")
-    return features, len(alone)
+    return teacher, len(alone)
 
 
 def draw_images(dataset, cfg, step, stage, batch):
-    """One step's images, flipped and cropped; their index; draws (b, N + 106); and three for all alike.
+    """One step's images, flipped and cropped; their index; and its random draws in [0, 1) by name.
 
-    They are drawn for the global batch and cut to this rank. The columns: flip, zoom, left, top, noisy, drop;
-    noise (N); augment (5 x 2 x 10).
+    They are drawn for the global batch and cut to this rank; the last three are one for all images.
     """
     generator = common.make_generator(cfg.seed, step, f"{stage} data")
     index = common.shard(torch.randint(len(dataset), (batch,), generator=generator)).numpy()
-    u = common.shard(torch.rand(batch, cfg.tokens + 106, generator=generator))
-    once = torch.rand(3, generator=generator)
-    flip, zoom = u[:, :2].unbind(1)
+    widths = dict(flip=1, zoom=1, corner=2, noisy=1, drop=1, noise=cfg.tokens, augment=5 * 2 * 10)
+    u = common.shard(torch.rand(batch, sum(widths.values()), generator=generator))
+    draws = dict(zip(widths, u.split([*widths.values()], 1)))                   # each of its width, (B, k)
+    draws |= zip(("degrade", "length", "start"), torch.rand(3, generator=generator))
     x = dataset.pixels(index).to(u.dtype)
     if cfg.flip:
-        x = torch.where(flip[:, None, None, None] < 0.5, x.flip(-1), x)
+        x = torch.where(draws["flip"][:, :, None, None] < 0.5, x.flip(-1), x)
     if cfg.zoom > 1:
         # our choice: stage ar cuts anywhere, afresh at every step, out of images enlarged by 1.1 where the
         # tokenizer goes up to 1.25; the official code stores the tokens of ten crops.
-        zoom = 1 + (cfg.zoom - 1) * (zoom if stage == "tokenizer" else torch.full_like(zoom, 0.4))
-        x = crop(x, zoom[:, None, None], u[:, 2:4, None])
-    return x, index, u, once
+        share = draws["zoom"] if stage == "tokenizer" else torch.full_like(draws["zoom"], 0.4)
+        x = crop(x, 1 + (cfg.zoom - 1) * share[..., None], draws["corner"][..., None])
+    return x, index, draws
 
 
 def crop(x, zoom, corner):
@@ -783,59 +790,63 @@ def crop(x, zoom, corner):
 
 
 def draw_tokenizer(dataset, cfg, step, device):
-    """Images of stage tokenizer and draws: n, s (or None), noise (b, N), augment (5, 2 b, 10).
+    """Images of stage tokenizer and draws: n, s (or None), noise (B, N), augment (5, 2 B, 10).
 
+    n and s are one for all images. Official code differs: each process has its own.
     Before --kmeans there are no codes: all tokens are decoded and none is corrupted.
     """
-    x, _, u, once = draw_images(dataset, cfg, step, "tokenizer", cfg.batch)
-    noise, augment = u[:, 6:].to(device).split([cfg.tokens, 100], 1)                        # (B, N), (B, k)
-    augment = augment.unflatten(1, (5, 2, 10)).permute(1, 2, 0, 3).flatten(1, 2)                # (5, b, 10)
+    x, _, draws = draw_images(dataset, cfg, step, "tokenizer", cfg.batch)
     n = cfg.tokens
     s = None
     if step >= cfg.kmeans:
-        n = prefix_length(once[0], once[1], cfg)
+        n = prefix_length(draws["degrade"], draws["length"], cfg)
         if cfg.correct and n > 1:
-            s = noise_start(once[2], n, cfg)
-    return x.to(device), {"n": n, "s": s, "noise": noise, "augment": augment}
+            s = noise_start(draws["start"], n, cfg)
+    augment = draws["augment"].unflatten(1, (5, 2, 10)).permute(1, 2, 0, 3).flatten(1, 2)       # (5, b, 10)
+    return x.to(device), {"n": n, "s": s, "noise": draws["noise"].to(device), "augment": augment.to(device)}
 
 
-# D8  the noise of an image for stage ar depends on (seed, image), as the official code freezes it when it
+# D19  the noise of an image for stage ar depends on (seed, image), as the official code freezes it when it
 #     extracts codes; but it is applied afresh to every crop
 
 
 def draw_ar(dataset, cfg, step, device):
-    """Images and labels of stage ar and draws: s (b,) or None, noise (b, N), noisy and drop (b,)."""
-    x, index, u, _ = draw_images(dataset, cfg, step, "ar", cfg.batch_ar or cfg.batch)
+    """Images and labels of stage ar and draws: s (B,) or None, noise (B, N), noisy and drop (B,)."""
+    x, index, draws = draw_images(dataset, cfg, step, "ar", cfg.batch_ar or cfg.batch)
     y = torch.from_numpy(dataset.labels[index]).to(device)
-    u = u.to(device)
-    v = data.uniform(index[:, None], np.arange(1 + cfg.tokens), cfg.seed + 1)       # `shapes` draws by seed 0
-    start, noise = torch.from_numpy(v).to(u).split([1, cfg.tokens], 1)                      # (B, 1), (B, N)
+    # seed + 1: other numbers than those that drew the images of `shapes`
+    u = data.uniform(index[:, None], np.arange(1 + cfg.tokens), cfg.seed + 1)
+    start, noise = torch.from_numpy(u).to(device, x.dtype).split([1, cfg.tokens], 1)        # (B, 1), (B, N)
     s = noise_start(start.squeeze(1), cfg.tokens, cfg) if cfg.correct and cfg.noisy else None
-    draws = {"s": s, "noise": noise, "noisy": u[:, 4] < cfg.noisy, "drop": u[:, 5] < cfg.label_dropout}
-    return (x.to(device), y), draws
+    noisy = draws["noisy"].squeeze(1).to(device) < cfg.noisy
+    drop = draws["drop"].squeeze(1).to(device) < cfg.label_dropout
+    return (x.to(device), y), {"s": s, "noise": noise, "noisy": noisy, "drop": drop}
 
 
-# D19  rate / peak = low + (1 - low) t / warmup, then end + (1 - end) (1 + cos(pi t')) / 2, t the share of the
-#      steps done. tokenizer: low 0.1, end 0.1, t' = t, so the cosine begins a little below the peak; ar:
-#      warmup 0.05, low 0.005, end 0.01, t' the share of the steps behind the warmup
+# D20  t is the share of the steps done; the tokenizer's cosine begins a little below the peak
+#      tokenizer  rate / peak = 0.1 + 0.9 t / warmup             for t < warmup, then
+#                 rate / peak = 0.1 + 0.9 (1 + cos(pi t)) / 2
+#      ar         rate / peak = 0.005 + 0.995 t / 0.05           for t < 0.05, then
+#                 rate / peak = 0.01 + 0.99 (1 + cos(pi (t - 0.05) / 0.95)) / 2
 
 
-def schedule(t, warmup, low, end, turn):
-    """D19 as a share of the peak; the cosine counts from t = turn."""
+def schedule(t, warmup, low, end, cosine_from):
+    """D20: a rise from low to 1, then a cosine to end, which counts from t = cosine_from."""
     if t < warmup:
         return low + (1 - low) * t / warmup
-    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (t - turn) / (1 - turn)))
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * (t - cosine_from) / (1 - cosine_from)))
 
 
 def learning_rate(cfg, step):
     """The tokenizer's and discriminator's rate; its peak is scaled by batch / 256."""
     t = step / (cfg.steps_tokenizer or cfg.steps)
-    return cfg.lr * cfg.batch / 256 * schedule(t, cfg.warmup, 0.1, 0.1, 0.0)
+    return cfg.lr * cfg.batch / 256 * schedule(t, cfg.warmup, low=0.1, end=0.1, cosine_from=0.0)
 
 
 def learning_rate_ar(cfg, step):
     """The AR model's rate; its peak is not scaled."""
-    return cfg.lr_ar * schedule(step / (cfg.steps_ar or cfg.steps), 0.05, 0.005, 0.01, 0.05)
+    t = step / (cfg.steps_ar or cfg.steps)
+    return cfg.lr_ar * schedule(t, 0.05, low=0.005, end=0.01, cosine_from=0.05)
 
 
 def optimizer_ar(model):
@@ -849,7 +860,7 @@ def optimizer_ar(model):
 def renew_codes(model, dataset, cfg, step):
     """Our choice: at step --kmeans all codes become the spherical k-means of training images' latents.
 
-    After as many steps again, as long as 70 % of all are not over, codes that nothing has chosen meanwhile
+    Every --kmeans steps after that, until 70 % of the steps are done, codes that nothing has chosen meanwhile
     become such latents. Alike in all processes.
     """
     total = cfg.steps_tokenizer or cfg.steps
@@ -879,12 +890,12 @@ def train_tokenizer(cfg):
     """Stage 1: encoder, codebook and decoder, and their discriminator where --gan asks for one."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
-    features, S = open_teacher(cfg)
+    teacher, S = open_teacher(cfg)
     run = common.Run(cfg, "tokenizer", classes=dataset.classes)
     run.seed_weights()
     model = Tokenizer(cfg, S if cfg.align else 0).to(device)
     disc = make_discriminator(S).to(device)
-    if cfg.tokenizer:                                           # or what of it there is, as SigLIP2's weights
+    if cfg.tokenizer:                       # the file may hold a part alone, such as SigLIP2's weights
         found = common.read_checkpoint(cfg.tokenizer, "detailflow")["state"]["tokenizer"]
         model.load_state_dict(found, strict=False)
     params = [*model.parameters(), *disc.parameters()]          # equal rates: one optimizer serves both
@@ -898,11 +909,11 @@ def train_tokenizer(cfg):
         model.vq.bypass = step < cfg.kmeans
         weight = weights(cfg, step)
         with common.autocast(cfg):
-            value, losses, (ids, recon, target) = loss_tokenizer(model, batch, draws, weight, features, disc)
+            value, losses, (ids, recon, target) = loss_tokenizer(model, batch, draws, weight, teacher, disc)
             if cfg.gan:
                 # From step 1, though with weight 0 until --gan_from: LeCam's means are settled by then.
                 # Official code differs: there each process has means of its own.
-                logits = disc_logits(disc, features, recon, target, draws["augment"][1:])
+                logits = disc_logits(disc, teacher, recon, target, draws["augment"][1:])
                 means = torch.stack([part.detach().mean() for part in logits[:2]])
                 disc.means.lerp_(common.average(means), 0.001)
                 losses["disc"] = loss_disc(logits, disc.means, weight["gan"])
@@ -928,7 +939,7 @@ def load(cfg, path):
     saved = common.read_checkpoint(path, "detailflow")
     state = saved["state"]
     device = common.device_of(cfg)
-    S = len(state.get("tokenizer", {}).get("align.4.bias", ()))
+    S = len(state.get("tokenizer", {}).get("align.4.bias", ()))           # features that `align` predicts
     tokenizer = Tokenizer(cfg, S).to(device).requires_grad_(False)
     common.load_into({"tokenizer": tokenizer}, saved, path)
     if "ema" not in state:
@@ -995,7 +1006,7 @@ def train(cfg):
 
 
 def num_tokens(cfg):
-    """--keep as a number of tokens; of those drawn at a side in pixels, the one with the nearest R(n)."""
+    """--keep as a number of tokens. Several n share a side in pixels: it takes the one of nearest R(n)."""
     counts = admissible(cfg)
     named = [n for n in counts if cfg.keep in (str(n), f"{image_side(n, cfg)}px")]
     if cfg.keep == "all":
@@ -1011,7 +1022,7 @@ def check(cfg):
     for name, part in (("size", "patch"), ("tokens", "group"), ("causal", "group"), ("batch_ar", "gpus")):
         whole = values[name] % values[part] == 0
         require(whole, f"--{name} {values[name]}: must be a multiple of --{part} {values[part]}")
-    fits = cfg.group <= cfg.causal <= cfg.tokens > cfg.group
+    fits = cfg.group <= cfg.causal <= cfg.tokens and cfg.group < cfg.tokens
     require(fits, f"--tokens {cfg.tokens}: --group {cfg.group} must be less, --causal {cfg.causal} between")
     require(cfg.near <= cfg.codes, f"--near {cfg.near}: there are only {cfg.codes} codes")
     fits = cfg.label_dropout or cfg.cfg_scale == 1
@@ -1043,7 +1054,7 @@ def prepare(cfg):
     train = open_split(cfg, "train")
     test = open_split(cfg, "test", cfg.count)
     print(data.describe({"train": train, "test": test}), flush=True)
-    data.require_images(train, "train", 2, "a judge")
+    data.require_images(train, "train", 2, "a judge, which learns from one half,")
     data.require_images(test, "test", 2, "the error, a share of variance,")
     common.parse_classes(cfg.classes, len(train.classes))
     if cfg.tokenizer or cfg.stage == "ar":
@@ -1069,7 +1080,7 @@ def decode_ids(tokenizer, ids):
 
 
 def error(y, x):
-    """Squared error of images y, enlarged to x, over the variance of x: 1 is the mean image, for all."""
+    """Squared error of images y, enlarged to x, over the variance of x: the mean image would score 1."""
     return ((enlarge(y, x.shape[-1]) - x).square().mean() / x.var(0).mean()).item()
 
 
@@ -1083,18 +1094,18 @@ def show_prefixes(path, tokenizer, ids, names, extra=()):
 
 
 def show_noise(path, tokenizer, x, names):
-    """correction.png and errors: a token or group is noise, the rest left as it was, or chosen again (D6)."""
+    """correction.png and errors: a token or group is noise, the rest kept as it was, or chosen again (D7)."""
     N, g, c = tokenizer.cfg.tokens, tokenizer.cfg.group, tokenizer.cfg.causal
     columns = [x]
     heads = ["image"]
     for s in [0, *range(c, N - g, g)][:4]:
         end = s + 1 if s < c else s + g
-        left, given, _ = encode_images(tokenizer, x, s).unbind(1)
-        left[:, s:end] = given[:, s:end]
-        columns += [decode_ids(tokenizer, ids) for ids in (left, given)]
+        kept, given, _ = encode_images(tokenizer, x, s).unbind(1)
+        kept[:, s:end] = given[:, s:end]
+        columns += [decode_ids(tokenizer, ids) for ids in (kept, given)]
         heads += [f"noise {s + 1}-{end}", "corrected"]
-        left, corrected = (error(y, x) for y in columns[-2:])
-        print(f"{path}: {heads[-2]}: error {left:.3f}, corrected {corrected:.3f}")
+        error_kept, corrected = (error(y, x) for y in columns[-2:])
+        print(f"{path}: {heads[-2]}: error {error_kept:.3f}, corrected {corrected:.3f}")
     common.columns_png(path, [column[:10] for column in columns], heads, names, side=80)
 
 
@@ -1134,7 +1145,7 @@ def report(cfg, path, where):
     tokenizer, ar, names = load(cfg, path)
     if ar:
         ids, y = draw_samples(ar, cfg)
-        whole = cfg.keep == "all" and not cfg.sample            # the training images are here, and as large
+        whole = cfg.keep == "all" and not cfg.sample            # else its images may be absent or larger
         extra = [("train", lambda x: common.nearest(x, open_split(cfg, "train")))] if whole else []
         show_prefixes(where / "generation.png", tokenizer, ids[:10], [names[k] for k in y[:10]], extra)
     if ar and cfg.sample:

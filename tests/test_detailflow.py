@@ -64,7 +64,7 @@ def close(a, b, atol):
 # --- The paper in its slowest form -----------------------------------------------
 
 def allowed(i, j, g, c):
-    """The mask of D3 and D9, counted from 0: may position i look at position j?"""
+    """The mask of D5 and D8, counted from 0: may position i look at position j?"""
     return j <= i if i < c else j // g <= i // g
 
 
@@ -100,7 +100,7 @@ def plain_block(block, h, look, turn=None):
 
 
 def plain_encoder(e, x, z, cfg):
-    """D3 without memory: outputs of the patches and of the latents z (B, n, D)."""
+    """D5 without memory: outputs of the patches and of the latents z (B, n, D)."""
     f, side, n = cfg.patch, cfg.size // cfg.patch, z.shape[1]
     cells = [(row, column) for row in range(side) for column in range(side)]
     flat = [x[:, :, f * r:f * r + f, f * c:f * c + f].permute(0, 2, 3, 1).flatten(1) for r, c in cells]
@@ -114,7 +114,7 @@ def plain_encoder(e, x, z, cfg):
 
 
 def plain_decoder(model, q, n, r):
-    """D5: the first n vectors of q (B, N, d) to images of side r."""
+    """D6: the first n vectors of q (B, N, d) to images of side r."""
     d, f, D = model.decoder, model.cfg.patch, model.decoder.mask.numel()
     z = linear(q[:, :n], model.read) + d.positions[:n]
     grid = F.interpolate(d.grid.permute(2, 0, 1)[None], (r // f, r // f), mode="bilinear", antialias=True,
@@ -140,7 +140,7 @@ def plain_vq(model, h):
 
 
 def plain_correction(model, x, s, u):
-    """D6 word by word: both vectors, triple (3, B, N), L_cb and L_commit (unweighted)."""
+    """D7 word by word: both vectors, triple (3, B, N), L_cb and L_commit (unweighted)."""
     cfg, e, N = model.cfg, model.encoder, model.cfg.tokens
     _, h = plain_encoder(e, x, (e.queries + e.positions)[None], cfg)
     q, order, codebook, commit = plain_vq(model, linear(h, model.quant))
@@ -183,7 +183,7 @@ def plain_target(x, n, cfg):
 
 
 def plain_turn(p, g, d):
-    """D9: complex (d/2) of position p; the class, p = 0, is multiplied by zero."""
+    """D3: complex (d/2) of position p; the class, p = 0, is multiplied by zero."""
     rates = [10_000 ** (-2 * i / (d / 2)) for i in range(d // 4)]
     angle = torch.tensor([(p - 1) // g * w for w in rates] + [(p - 1) % g * w for w in rates]).double()
     return torch.polar((torch.ones(d // 2) * (p > 0)).double(), angle)
@@ -206,7 +206,7 @@ def plain_ar(model, ids, y, cfg):
 
 
 def plain_generate(model, y, u, cfg):
-    """D11: recompute everything at every step; one token from its own distribution at a time."""
+    """D17: recompute everything at every step; one token from its own distribution at a time."""
     ids, c, g, M = torch.zeros(len(y), 0, dtype=torch.long), cfg.causal, cfg.group, cfg.tokens // cfg.group
     while ids.shape[1] < u.shape[1]:
         i = ids.shape[1]
@@ -439,8 +439,8 @@ def chi_square(drawn, law):
 
 
 @pytest.mark.parametrize("cfg", [PAPER, config(), config(causal=6), config(group=1, causal=1, degrade=0.6)])
-def test_D16_prefix_lengths(cfg):
-    """D16: exact support, and the law by a chi-square test."""
+def test_D12_prefix_lengths(cfg):
+    """D12: exact support, and the law by a chi-square test."""
     N, g, c = cfg.tokens, cfg.group, cfg.causal
     law = dict.fromkeys(detailflow.admissible(cfg), 0.0) | {N: 1 - cfg.degrade}
     for t in range(1, N - g + 1):
@@ -453,8 +453,8 @@ def test_D16_prefix_lengths(cfg):
 
 
 @pytest.mark.parametrize("cfg", [PAPER, config(), config(causal=6)])
-def test_D17_starts_of_noise(cfg):
-    """D17: exact support, the law by a chi-square test, and where the noise ends."""
+def test_D13_starts_of_noise(cfg):
+    """D13: exact support, the law by a chi-square test, and where the noise ends."""
     g, c = cfg.group, cfg.causal
     for n in [n for n in detailflow.admissible(cfg) if n > 1]:
         law, most = {}, n if n <= c else n - g
@@ -471,8 +471,8 @@ def test_D17_starts_of_noise(cfg):
 
 @torch.no_grad()
 @pytest.mark.parametrize("c", [3, 6])
-def test_D3_encoder_mask(c):
-    """D3: who sees whom, one change at a time."""
+def test_D5_encoder_mask(c):
+    """D5: who sees whom, one change at a time."""
     model, x, cfg = tokenizer(causal=c), images(2), config(causal=c)
     e = model.encoder
     latents = (e.queries + e.positions)[None]
@@ -493,7 +493,7 @@ def test_D3_encoder_mask(c):
 
 @torch.no_grad()
 @pytest.mark.parametrize("c", [3, 6])
-def test_D3_prefix_encoding(c):
+def test_D5_prefix_encoding(c):
     model, x = tokenizer(causal=c), images(2)
     whole = model.encode(x)[0]
     for n in detailflow.admissible(model.cfg):
@@ -502,7 +502,7 @@ def test_D3_prefix_encoding(c):
 
 
 @torch.no_grad()
-def test_D3_cache_of_the_patches_is_exact():
+def test_D5_cache_of_the_patches_is_exact():
     model, x = tokenizer(), images(2)
     z = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     slow, memory = model.encoder(x, z)
@@ -513,8 +513,8 @@ def test_D3_cache_of_the_patches_is_exact():
     assert len(memory) == 2 and torch.equal(flat[0], flat[1]) and torch.equal(flat[0], flat[2])
 
 
-def test_D5_decoder():
-    """D5: the plain decoder; positions belong to tokens."""
+def test_D6_decoder():
+    """D6: the plain decoder; positions belong to tokens."""
     model, q = tokenizer(), images(2).flatten(1)[:, :48].view(2, 12, 4).clone().requires_grad_()
     for n in detailflow.admissible(model.cfg):
         x = model.decode(q[:, :n])
@@ -580,8 +580,8 @@ STARTS = [(3, s) for s in (0, 2, 3, 6, 9)] + [(6, s) for s in (4, 5, 6, 9)]
 
 @torch.no_grad()
 @pytest.mark.parametrize("c, s", STARTS)
-def test_D6_triples(c, s):
-    """D6: what stands where, and the plain correction."""
+def test_D7_triples(c, s):
+    """D7: what stands where, and the plain correction."""
     model, x, u = tokenizer(causal=c), images(4), uniform(4, 12)
     q, (clean, given, label), losses = model.correct(x, s, u)
     end, h = s + (1 if s < c else 3), model.encode(x)[0]
@@ -601,7 +601,7 @@ def test_D6_triples(c, s):
 
 
 @torch.no_grad()
-def test_D6_noise_is_uniform_among_the_nearest():
+def test_D7_noise_is_uniform_among_the_nearest():
     model, x = tokenizer(), images(1).repeat(4000, 1, 1, 1)
     model.encoder.blocks, model.cfg = model.encoder.blocks[:0], config(near=4)
     _, (_, given, _), _ = model.correct(x, 0, uniform(4000, 12))
@@ -632,7 +632,7 @@ def passes(model):
 
 
 @pytest.mark.parametrize("c, s", STARTS)
-def test_D6_where_gradients_stop(c, s):
+def test_D7_where_gradients_stop(c, s):
     model, x, end = tokenizer(causal=c), images(2), s + (1 if s < c else 3)
     seen = passes(model)
     q, _, _ = model.correct(x, s, uniform(2, 12))
@@ -649,7 +649,7 @@ def test_D6_where_gradients_stop(c, s):
         assert late[:, end:].any(2).all() and not late[:, :end].any()
 
 
-def test_D6_refined_queries_rest_without_correction():
+def test_D7_refined_queries_rest_without_correction():
     model, x = tokenizer(), images(2)
     weight = detailflow.weights(config(align=0.0, perceptual=0.0), 0)
     detailflow.loss_tokenizer(model, x, drawn(12), weight)[0].backward()
@@ -658,7 +658,7 @@ def test_D6_refined_queries_rest_without_correction():
 
 @torch.no_grad()
 @pytest.mark.parametrize("c, s", STARTS)
-def test_D6_mix_of_the_vq_losses(c, s):
+def test_D7_mix_of_the_vq_losses(c, s):
     model, end, N = tokenizer(causal=c), s + (1 if s < c else 3), 12
     seen = passes(model)
     _, _, losses = model.correct(images(2), s, uniform(2, 12))
@@ -670,8 +670,8 @@ def test_D6_mix_of_the_vq_losses(c, s):
 
 
 @torch.no_grad()
-def test_D9_ar_input():
-    """D9: the upper row, the mask, and logits by the plain form."""
+def test_D8_ar_input():
+    """D8: the upper row, the mask, and logits by the plain form."""
     for changes in (dict(), dict(causal=6), dict(group=1, causal=1), dict(group=4, causal=8)):
         cfg, model = config(**changes), ar(**changes)
         ids, y = torch.randint(32, (2, 12)), torch.tensor([4, 0])
@@ -690,7 +690,7 @@ def test_D9_ar_input():
 
 @torch.no_grad()
 @pytest.mark.parametrize("c", [3, 6])
-def test_D9_ar_causality(c):
+def test_D8_ar_causality(c):
     model, y = ar(causal=c), torch.tensor([1, 3])
     ids = torch.randint(32, (2, 12), generator=torch.Generator().manual_seed(1))
     before = model(ids, y)
@@ -719,7 +719,7 @@ def recorded(model, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("c", [3, 6])
-def test_D11_cache_and_teacher_forcing(c, monkeypatch):
+def test_D17_cache_and_teacher_forcing(c, monkeypatch):
     y, u = torch.tensor([0, 4, 2]), uniform(3, 12)
     for double, atol in ((True, 1e-12), (False, 2e-5)):
         model, cfg = ar(causal=c), config(causal=c, cfg_scale=2.0)
@@ -749,8 +749,8 @@ def test_generation_equals_the_plain_loop(changes):
 
 
 @torch.no_grad()
-def test_D11_steps(monkeypatch):
-    """D11: how many steps, and which."""
+def test_D17_steps(monkeypatch):
+    """D17: how many steps, and which."""
     for N, g, steps in ((128, 8, 23), (256, 8, 39), (512, 8, 71), (256, 16, 31), (128, 4, 35), (128, 1, 128)):
         spans = list(detailflow.spans(N, g, g))
         assert len(spans) == steps == g + N // g - 1
@@ -765,7 +765,7 @@ def test_D11_steps(monkeypatch):
         assert [call.shape[1] for call in calls] == positions
 
 
-def test_D10_initial_cross_entropy():
+def test_D16_initial_cross_entropy():
     torch.manual_seed(0)
     for K, expected in ((8192, 9.0109), (32, math.log(32))):
         model = detailflow.AR(config(codes=K), 5).double()
@@ -802,8 +802,8 @@ def alignment(model, x, features):
 
 
 @torch.no_grad()
-def test_D13_alignment():
-    """D13: minus the cosine between the head of the first clean vector and the teacher's mean."""
+def test_D10_alignment():
+    """D10: minus the cosine between the head of the first clean vector and the teacher's mean."""
     model, x = tokenizer(5), images()
     maps = torch.randn(3, 5, 2, 3, dtype=torch.float64)
     value = alignment(model, x, lambda x: maps)
@@ -870,8 +870,8 @@ def test_patches_and_grid():
     assert detailflow.resize_grid(grid, 3).shape == (9, 7)
 
 
-def test_D12_rotary_embedding():
-    """D12: angles by row and column; products depend on their differences alone; the class is zero."""
+def test_D3_rotary_embedding():
+    """D3: angles by row and column; products depend on their differences alone; the class is zero."""
     N, g, d = 21, 4, 16
     rotation = cos, sin = detailflow.rotary_embedding(N, g, d).double()
     for p in range(N):
@@ -897,7 +897,7 @@ def judge():
 
 
 def plain_loss(model, x, n, s, u, weight, features):
-    """The sum of the tokenizer's losses without adversary (D7), and each, from the slow forms above."""
+    """The sum of the tokenizer's losses without adversary (D9), and each, from the slow forms above."""
     q, _, (codebook, commit) = plain_correction(model, x, s, u)
     recon, goal = plain_decoder(model, q, n, detailflow.image_side(n, model.cfg)), plain_target(x, n, model.cfg)
     goal = torch.cat([goal, goal]) if s is not None else goal
@@ -912,7 +912,7 @@ def plain_loss(model, x, n, s, u, weight, features):
 
 
 @pytest.mark.parametrize("n, s", [(12, 0), (12, 6), (9, 3), (6, 2), (3, 2), (2, 0), (1, None), (12, None)])
-def test_D7_tokenizer_step_by_hand(n, s):
+def test_D9_tokenizer_step_by_hand(n, s):
     cfg, x, u, features = config(perceptual=0.7, ramp=10, align=0.6, causal=3), images(2), uniform(2, 12), judge()
     weight = detailflow.weights(cfg, 5)
     assert weight == {"mse": 1, "codebook": 1, "commit": 0.25, "align": 0.6, "lpips": 0.42, "gan": 0.0}
@@ -931,7 +931,7 @@ def test_D7_tokenizer_step_by_hand(n, s):
         assert (p.grad is None) == (q.grad is None) or not a.any(), name
 
 
-def test_D7_adversarial_term_by_hand():
+def test_D9_adversarial_term_by_hand():
     cfg, features = config(gan=0.3, gan_from=4, align=0.0, perceptual=0.0), judge()
     x, u, v = images(2), uniform(2, 12), uniform(4, 10)
     assert [detailflow.weights(cfg, step)["gan"] for step in (0, 2, 3, 4)] == [0, 0, 0.3, 0.3]
@@ -946,8 +946,8 @@ def test_D7_adversarial_term_by_hand():
     assert gradient.any()
 
 
-def test_D14_schedules_of_the_losses():
-    """D14. The official code counts its steps from 1 (global_step = train_steps + 1), the loop here from 0."""
+def test_D11_schedules_of_the_losses():
+    """D11. The official code counts its steps from 1 (global_step = train_steps + 1), the loop here from 0."""
     cfg = detailflow.Config()
     w = {number: detailflow.weights(cfg, number - 1) for number in (1, 5000, 10_000, 39_999, 40_000, 10 ** 6)}
     assert [w[number]["lpips"] for number in w] == [1e-4, 0.5, 1, 1, 1, 1]
@@ -980,7 +980,7 @@ def plain_augment(x, u, cut, chance):
 
 
 @pytest.mark.parametrize("h, cut, chance", [(16, 0.2, 0.5), (12, 0.5, 1.0), (8, 0.2, 0.0), (4, 0.2, 1.0)])
-def test_D20_augmentation_by_hand(h, cut, chance):
+def test_D14_augmentation_by_hand(h, cut, chance):
     x, u = images(40, side=h), uniform(50, 10, seed=int(10 * chance + h))
     expected = torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, u)])
     close(detailflow.augment(x, u, cut, chance), expected, 1e-12)
@@ -1015,8 +1015,8 @@ def test_D15_discriminator_step_by_hand():
     assert disc[0].kernel_size == disc[2].kernel_size == (1, 1) and disc[2].out_channels == 1
 
 
-def test_D10_ar_step_by_hand():
-    """D10: a sum over sequences and positions; value and all gradients."""
+def test_D16_ar_step_by_hand():
+    """D16: a sum over sequences and positions; value and all gradients."""
     model, cfg, g = ar(), config(), torch.Generator().manual_seed(3)
     triples, y = torch.randint(32, (3, 4, 12), generator=g), torch.tensor([0, 1, 2, 3])
     noisy, drop = torch.tensor([True, False, True, False]), torch.tensor([False, False, True, True])
@@ -1201,8 +1201,8 @@ def test_ar_reads_triples_of_the_tokenizer(tmp_path, monkeypatch):
     assert torch.equal(clean, given) and torch.equal(clean, label)
 
 
-def test_D8_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch):
-    """D8: 40 images, each with one noise, in 120 visits."""
+def test_D19_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch):
+    """D19: 40 images, each with one noise, in 120 visits."""
     monkeypatch.chdir(tmp_path)
     starts, original = [], detailflow.Tokenizer.correct
 
@@ -1216,8 +1216,8 @@ def test_D8_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch):
     assert len({s for _, s, _ in starts}) > 3
 
 
-def test_D19_learning_rates_by_value():
-    """D19 by its formula, at first, last and turning steps."""
+def test_D20_learning_rates_by_value():
+    """D20 by its formula, at first, last and turning steps."""
     cosine = lambda t, end: end + (1 - end) * (1 + math.cos(math.pi * t)) / 2
     cfg = config(steps=1000, steps_ar=500, batch=512, lr=1.0, lr_ar=1.0, warmup=0.004)
     rates = [detailflow.learning_rate(cfg, step) for step in (0, 2, 4, 50, 500, 1000)]
@@ -1284,18 +1284,24 @@ def test_drawn_images():
     dataset = detailflow.open_split(cfg, "train", 40)
     flips = 0
     for step in range(10):
-        x, index, u, once = detailflow.draw_images(dataset, cfg, step, "tokenizer", 8)
-        assert len(once) == 3 and u.shape == (8, 118)
+        x, index, draws = detailflow.draw_images(dataset, cfg, step, "tokenizer", 8)
+        widths = dict(flip=1, zoom=1, corner=2, noisy=1, drop=1, noise=12, augment=100)
+        assert {name: draws[name].shape for name in widths} == {name: (8, k) for name, k in widths.items()}
+        generator = common.make_generator(cfg.seed, step, "tokenizer data")
+        assert torch.equal(torch.randint(40, (8,), generator=generator), torch.as_tensor(index))
+        assert torch.equal(torch.cat([draws[name] for name in widths], 1), torch.rand(8, 118, generator=generator))
+        once = torch.stack([draws[name] for name in ("degrade", "length", "start")])
+        assert torch.equal(once, torch.rand(3, generator=generator))
         for image, plain in zip(x, dataset.pixels(index)):
             assert torch.equal(image, plain) or torch.equal(image, plain.flip(-1))
             flips += torch.equal(image, plain.flip(-1)) and not torch.equal(image, plain)
     assert 20 < flips < 60
-    still, index, _, _ = detailflow.draw_images(dataset, dataclasses.replace(cfg, flip=False), 0, "ar", 8)
+    still, index, _ = detailflow.draw_images(dataset, dataclasses.replace(cfg, flip=False), 0, "ar", 8)
     assert torch.equal(still, dataset.pixels(index))
     ramp = dataclasses.replace(dataset, images=np.tile(np.arange(8, dtype=np.uint8) * 30, (40, 3, 8, 1)))
     zoomed = dataclasses.replace(cfg, flip=False, zoom=1.25)
     for stage, low, high in (("tokenizer", 0.8, 1.0), ("ar", 1 / 1.1, 1 / 1.1)):
-        x, _, _, _ = detailflow.draw_images(ramp, zoomed, 0, stage, 8)
+        x, _, _ = detailflow.draw_images(ramp, zoomed, 0, stage, 8)
         slope = (x[:, 0, 3, 5] - x[:, 0, 3, 2]) / 3 / (30 / 127.5)      # an enlarged picture changes more slowly
         assert slope.min() >= low - 1e-4 and slope.max() <= high + 1e-4
         assert (slope.max() - slope.min() > 0.02) == (stage == "tokenizer")
