@@ -105,7 +105,6 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     require(1 <= lo <= hi <= 4, f"shapes: objects {lo},{hi}: give lo,hi with 1 <= lo <= hi <= 4")
     index = np.asarray(index, np.int64)[:, None]
     j = np.arange(4)
-
     # Fields 0..3 of an index belong to the image, 8 + 10 j + 0..8 to its object j.
     of_image = [uniform(index, field, seed) for field in range(4)]                      # each (M, 1)
     of_object = [uniform(index, 8 + 10 * j + field, seed) for field in range(9)]        # each (M, 4)
@@ -148,8 +147,7 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     scene["label"] = label[:, 0]
     scene["count"] = count[:, 0]
     scene["background"] = (u_ground[:, 0] * 4).astype(int)
-    plain = np.array([*GROUNDS.values()])[scene["background"]]
-    scene["ground"] = plain + 16 * (u_light - 0.5)
+    scene["ground"] = np.array([*GROUNDS.values()])[scene["background"]] + 16 * (u_light - 0.5)
     return scene
 
 
