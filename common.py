@@ -1000,7 +1000,7 @@ def load_teacher(path, channels, size):
     """A frozen network from a file as a function: images (B, channels, size, size) -> maps (B, S, h, w).
 
     TorchScript .pt or torch.export .pt2; it may also give tokens (B, h*w, S). UserError where it does not
-    take one picture and two, or gives something else.
+    take one picture and two, gives something else, or gives a picture other features beside another.
     """
     try:
         network = torch.jit.load(path, "cpu") if path.endswith(".pt") else torch.export.load(path).module()
@@ -1018,15 +1018,21 @@ def load_teacher(path, channels, size):
             maps = maps.transpose(1, 2).unflatten(2, (side, -1))
         return maps                                                                             # (B, S, h, w)
 
+    x = torch.linspace(-1, 1, 2 * channels * size ** 2).view(2, channels, size, size)
     try:
         with torch.no_grad():
-            shapes = [features(torch.zeros(B, channels, size, size)).shape for B in (1, 2)]
+            maps = [features(x[:B]) for B in (1, 2)]
     except Exception as error:                                  # whatever a foreign network does
         reason = " ".join(str(error).split())[:120]
         shape = (channels, size, size)
         raise UserError(f"--teacher {path}: does not take one or two pictures {shape}: {reason}") from None
-    good = [len(shape) == 4 and shape[0] == B and shape[2] == shape[3] for B, shape in zip((1, 2), shapes)]
-    require(all(good), f"--teacher {path}: gives {tuple(shapes[-1])} where maps (B, S, h, h) are wanted")
+    good = [y.ndim == 4 and len(y) == B and y.shape[2] == y.shape[3] for B, y in zip((1, 2), maps)]
+    shape = tuple(maps[-1].shape)
+    require(all(good), f"--teacher {path}: gives {shape} where maps (B, S, h, h) are wanted")
+    # Traced or exported in training mode it has no switch: it draws dropout, or takes norms over the batch.
+    alone, beside = maps
+    frozen = (alone[0] - beside[0]).abs().max() <= 1e-3 * beside.abs().max()
+    require(frozen, f"--teacher {path}: an image's features change with the call; export it after .eval()")
     return features
 
 

@@ -379,6 +379,7 @@ class Data:
     logvar_flip: np.ndarray | None = None
     scale: float | torch.Tensor = 1.0        # makes latents of unit variance; one a channel: (C, 1, 1)
     train_labels: np.ndarray | None = None   # those of the training split, unless this is it
+    pictures: np.ndarray | None = None       # what the latents are of, uint8 (M, 3, H, W); else the images
 
     def __post_init__(self):
         count = len(self.images)
@@ -400,6 +401,8 @@ class Data:
         ends = np.bincount(labels, minlength=K).cumsum()
         self.by_class = np.split(labels.argsort(kind="stable"), ends[:-1])
         self.mean = self.images if self.latent else None
+        if not self.latent:
+            self.pictures = self.images
 
     def __len__(self):
         return len(self.images)
@@ -418,9 +421,9 @@ class Data:
         return f"{len(self)} {self.kind}, {len(self.classes)} {noun} ({', '.join(names)})"
 
     def pixels(self, index):
-        """Images `index` (B,) as float32 in [-1, 1]: v / 127.5 - 1."""
-        images = np.ascontiguousarray(self.images[np.asarray(index)])
-        release(self.images)
+        """Images `index` (B,) as float32 in [-1, 1]: v / 127.5 - 1. Of latents their `pictures`."""
+        images = np.ascontiguousarray(self.pictures[np.asarray(index)])
+        release(self.pictures)
         return torch.from_numpy(images).float().div_(127.5).sub_(1)  # one copy, changed in place
 
     def latents(self, index, flip, noise):
@@ -814,6 +817,7 @@ def open_latents(path, split, size, frames):
     logvar                      of the same shape: log-variances; optional, like all that follows
     latents_flip, logvar_flip   of the same shape: those of the mirrored images
     scale                       a number, or one a channel: makes latents of unit variance
+    images                      uint8 (M, H, H, 1 or 3): the images, for networks that read them beside
     class_names                 (K,), strings
 
     and labels (M,), integers. Every split is the whole. NaN and infinity are a DataError.
@@ -836,6 +840,13 @@ def open_latents(path, split, size, frames):
     else:
         scale = torch.tensor(scale).float().view(-1, *[1] * (mean.ndim - 2))            # (C, 1, 1)
 
+    pictures = None
+    if "images" in pack:
+        pictures = pack_images(pack, "", path, 1)
+        M, _, height, width = pictures.shape
+        require(M == len(mean) and height == width, f"{path}: {M} images {(height, width)}: a square one for "
+                f"each of the {len(mean)} latents is wanted")
+
     def check(out):
         for name, part in parts.items():
             check_finite(part, path, name)
@@ -846,7 +857,7 @@ def open_latents(path, split, size, frames):
         files = sorted({Path(part.filename) for part in parts.values()})
         cached(path.name + ".checked", str(path.absolute()), files, check, Path)
     return Data(mean, pack["labels"], pack.get("class_names"), None, str(path), True, parts.get("logvar"),
-                parts.get("latents_flip"), parts.get("logvar_flip"), scale)
+                parts.get("latents_flip"), parts.get("logvar_flip"), scale, pictures=pictures)
 
 
 # --- Folders of pictures -------------------------------------------------------

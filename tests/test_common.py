@@ -1171,6 +1171,21 @@ def test_a_teacher_in_training_mode_is_frozen(tmp_path):
     assert x.grad is not None, "losses reach the pictures through it"
 
 
+@pytest.mark.parametrize("last", [nn.Dropout(0.5), nn.BatchNorm2d(5)])
+def test_a_teacher_exported_in_training_mode_is_refused(last, tmp_path):
+    """An exported graph has no switch: a picture's features must be the same alone and beside another."""
+    network, path = nn.Sequential(nn.Conv2d(3, 5, 4, 4), last), str(tmp_path / "teacher.pt2")
+    for mode in (True, False):
+        graph = torch.export.export(network.train(mode), (torch.randn(4, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim("B")},))
+        torch.export.save(graph, path)
+        if mode:
+            with pytest.raises(common.UserError, match="teacher.pt2: an image's features change with the call; export it after .eval()"):
+                common.load_teacher(path, 3, 8)
+        else:
+            features, x = common.load_teacher(path, 3, 8), torch.randn(3, 3, 8, 8)
+            assert torch.allclose(features(x)[:1], features(x[:1]), atol=1e-5)
+
+
 def test_teachers_that_cannot_serve_are_one_line(tmp_path):
     class Tokens(nn.Module):
         def forward(self, x):

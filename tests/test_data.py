@@ -599,6 +599,15 @@ def test_latents_clamp_and_defaults(latents):
     assert torch.equal(plain.latents([1], [True], None), torch.tensor(plain.mean[1:2].astype(np.float32)))
 
 
+def test_latents_bring_the_images_they_are_of(latents):
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    _, found = latents((), images=pictures)
+    assert found.latent and found.images is found.mean and found.mean.shape[0] == 6
+    want = torch.from_numpy(pictures[[4, 1]]).permute(0, 3, 1, 2) / 127.5 - 1
+    assert torch.allclose(found.pixels([4, 1]), want, atol=1e-6)
+    assert latents(())[1].pictures is None
+
+
 def test_broken_latents(tmp_path):
     z, y = np.zeros((6, 2, 3, 3), np.float16), np.zeros(6, int)
     for arrays, line in (
@@ -606,7 +615,10 @@ def test_broken_latents(tmp_path):
             (dict(latents=z.astype(int), labels=y), "floats"), (dict(latents=z[0], labels=y), "floats"),
             (dict(latents=z, labels=y[:5]), "6 latents, labels int64 (5,)"),
             (dict(latents=z, labels=y, logvar=z[:5]), "must have the shape of latents"),
-            (dict(latents=z, labels=y, latents_flip=z[..., :2]), "must have the shape of latents")):
+            (dict(latents=z, labels=y, latents_flip=z[..., :2]), "must have the shape of latents"),
+            (dict(latents=z, labels=y, images=np.zeros((5, 8, 8, 3), np.uint8)), "5 images (8, 8): a square one for each of the 6 latents"),
+            (dict(latents=z, labels=y, images=np.zeros((6, 8, 9, 3), np.uint8)), "6 images (8, 9): a square one"),
+            (dict(latents=z, labels=y, images=np.zeros((6, 8, 8, 3))), "images float64 (6, 8, 8, 3): pictures in uint8")):
         np.savez(tmp_path / "z.npz", **arrays)
         assert "z.npz" in refused(line, data.open_data, f"latents:{tmp_path / 'z.npz'}")
 
