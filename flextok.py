@@ -8,7 +8,7 @@ invents what the tokens leave open instead of averaging over it. A GPT writes as
     [noised patches | id 1 ... id k, mask ... mask] -> decoder -> velocity of the patches
     class or caption -> GPT -> id 1, id 2, ...                   stop after any k and decode
 
-Run:      python flextok.py                          demo, 3 minutes: error .081 at k = 1, .043 at k = 8
+Run:      python flextok.py                          3 minutes: one-step error .081 at k = 1, .043 at k = 8
           python flextok.py --gpus 2                 the same in two processes
           python flextok.py --preset d18-d28 --data latents:imagenet256.npz --teacher dinov2.pt2 --gpus 8
           python flextok.py --sample runs/flextok/demo/ar.pt --classes 6,9 --keep 4
@@ -16,13 +16,18 @@ Run:      python flextok.py                          demo, 3 minutes: error .081
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --decode tokens.npz --keep 2
           python flextok.py --name words --condition text          and then draw what a sentence asks for:
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
-Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. F1 to F33 number
-          the equations in the order of the method; the paper's own numbers are unknown.
-Scaled:   the demo (PRESETS, under Training): sizes, rates, start of token vectors, shift of times; no REPA.
+Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Written without the
+          paper's text: F1 to F33 number the equations in this file's order, "published" is the official code
+          and configuration, "reported" what others write of the paper, "paper unknown" a guess.
+Scaled:   the demo: sizes, levels, batch, rates, EMA, share without tokens, start of token vectors, times,
+          guidance; no flips, crops or REPA (PRESETS, under Training).
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
-          DINOv2 and FLAN-T5-XL (--teacher and --text read what they give; small stand-ins train here).
+          DINOv2 and FLAN-T5-XL: --teacher loads a network, --text its states; small stand-ins train here.
+          REPA's teacher sees images: of latents those in their file, as `images`. Latents get no crops: the
+          file may hold ten crops of an image, as the paper's stage ar trains on.
 Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions,
-          D width, H heads, d = D/H, F numbers a token, V ids, L words, S features. Time: 1 noise, 0 image.
+          D width, H heads, d = D/H, Q numbers a token, V ids, L words, S features, u uniform draws.
+          Time: 1 noise, 0 image.
 CUDA:     never run on CUDA.
 Read in this order: Encoder, FSQ, Decoder, loss_tokenizer, sample, GPT, generate, train_tokenizer. 20 minutes.
 """
@@ -46,16 +51,16 @@ import torch.nn.functional as F
 
 @dataclasses.dataclass
 class Config:
-    """Defaults are the paper's, where it or the published configuration tells; "paper unknown": a guess."""
+    """Defaults are published, or marked: "reported", "paper unknown", "our choice" (see the top)."""
 
-    preset: str = "demo"                    # where the values below start from
+    preset: str = "demo"                    # where the values below start from (PRESETS, under Training)
     data: str = "shapes"                    # shapes, cifar10, npz:PATH, folder:PATH or latents:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
     objects: int = 1                        # in [1, 4]: most objects in a drawn image
     size: int = 32                          # >= 1: side of the image or latent
     channels: int = 16                      # >= 1: its channels C
-    flip: bool = True                       # mirror each image with probability 1/2
-    crop: float = 1.1                       # >= 1: stage ar enlarges images so much, then crops them
+    flip: bool = True                       # mirror each image with probability 1/2; reported for stage ar
+    crop: float = 1.1                       # >= 1: stage ar enlarges images by it, then crops; our choice
     patch: int = 2                          # >= 1: patch side p
     registers: int = 256                    # >= 1: R, tokens an image
     levels: str = "8,8,8,5,5,5"             # FSQ levels; their product is the number of ids V
@@ -69,26 +74,26 @@ class Config:
     time: Literal["mode", "logit-normal", "uniform"] = "mode"    # law of the flow time (F21)
     shift: float = 1.0                      # > 0: our choice, above 1: more times near noise
     max_time: float = 1000.0                # > 0: T of the time embedding (F17)
-    repa: float = 1.0                       # >= 0: weight of the alignment loss (F24); 0: no teacher
+    repa: float = 1.0                       # >= 0: weight of REPA (F24), 0 for none; paper unknown
     repa_layer: int = 1                     # >= 0: decoder block that is aligned, counted from 0
-    teacher: str = "judge"                  # judge, or a frozen model: TorchScript .pt, torch.export .pt2
+    teacher: str = "judge"                  # judge: a classifier trained here; or a network's .pt or .pt2
     tokenizer: str = ""                     # checkpoint that --stage ar builds on; default: this run's
     condition: Literal["class", "text"] = "class"       # what the GPT is told
-    text: str = ""                          # FILE.npy of caption states; default: a word encoder is trained
-    label_dropout: float = 0.1              # in [0, 1]: share of sequences trained without their condition
-    steps: int = 250_000                    # >= 1: optimizer steps of each stage
+    text: str = ""                          # FILE.npy of a text encoder's states; default: trains an encoder
+    label_dropout: float = 0.1              # in [0, 1]: share of sequences without a condition; reported
+    steps: int = 250_000                    # >= 1: optimizer steps of each stage; paper unknown
     steps_tokenizer: int = 0                # >= 0: of stage tokenizer; 0: --steps
     steps_ar: int = 0                       # >= 0: of stage ar; 0: --steps
-    batch: int = 1024                       # >= 1: images a step, over all processes
+    batch: int = 1024                       # >= 1: images a step, over all processes; reported for stage ar
     lr: float = 3e-4                        # > 0: peak learning rate of the tokenizer; paper unknown
-    lr_ar: float = 1.2e-3                   # > 0: of the GPT: the paper's for 49M, less for larger ones
-    warmup: float = 0.1                     # in [0, 1]: share of the steps with a rising learning rate
+    lr_ar: float = 1.2e-3                   # > 0: of the GPT: reported for 49M, which is --gpt 10
+    warmup: float = 0.1                     # in [0, 1]: share of steps of rising rate; reported for stage ar
     ema: float = 0.9999                     # in [0, 1]: decay of the averaged weights; paper unknown
     num_steps: int = 20                     # >= 1: Euler steps of the decoder
     cfg_scale: float = 7.5                  # >= 0: guidance scale g of the decoder; 1 is none
     cfg_schedule: Literal["constant", "linear", "cosine"] = "constant"    # g over the flow time
     apg: bool = True                        # adaptive projected guidance (F27); off: plain CFG (F26)
-    cfg_scale_ar: float = 1.5               # >= 0: guidance scale g of the GPT (paper: class 1.5, text 3)
+    cfg_scale_ar: float = 1.5               # >= 0: guidance scale g of the GPT; reported: class 1.5, text 3
     temperature: float = 1.0                # > 0: of the GPT's softmax
     top_k: int = 0                          # >= 0: sample from so many likeliest ids; 0: all
     top_p: float = 1.0                      # in (0, 1]: sample from the likeliest ids of this mass; 1: all
@@ -101,7 +106,7 @@ class Config:
     seed: int = 0                           # every random number is a function of (seed, step)
     gpus: int = 1                           # >= 1: processes, one a GPU; without GPUs they share the CPU
     device: str = "auto"                    # auto, cpu or cuda
-    bf16: bool = False                      # bf16 autocast on CUDA; FSQ, norms and losses stay in fp32
+    bf16: bool = False                      # bf16 autocast on CUDA, in training and --encode; not FSQ, norms
     compile: bool = False                   # torch.compile for the blocks; on a CPU minutes before step 1
     name: str = ""                          # run folder runs/flextok/NAME; default: the preset
     resume: bool = False                    # go on with runs/flextok/NAME in its first unfinished stage
@@ -116,9 +121,10 @@ class Config:
 
 # --- Building blocks ---------------------------------------------------------
 
-# F2  u = patches of x, row by row; a patch is its p*p*C numbers, by row, column, channel
+# F1  x = c z, z ~ N(mean, exp(logvar)): cached latents of a VAE, drawn each step, c their scale; or pixels
+# F2  patches of x, row by row; a patch is its p*p*C numbers, by row, column, channel
 # F3  pos = [sin r w, cos r w, sin c w, cos c w] of patch (r, c), w_j = 10000^(-4 j / D), j < D / 4
-# F6  h <- h + attention(norm(h)), h <- h + mlp(norm(h)); norm learns nothing
+# F6  h <- h + attention(norm(h)), h <- h + mlp(norm(h)); norm: LayerNorm without weights
 # F7  attention(h) = W_o softmax(8 / d norm(q) norm(k)^T) v, a head at a time; q, k, v = W_q h, W_k h, W_v h
 # F8  mlp(h) = W_2 (silu(W_1 h) * W_3 h), 8 D / 3 wide
 
@@ -138,10 +144,10 @@ def patchify(x, p):
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)                             # (B, P, p*p*C)
 
 
-def unpatchify(u, p, h, w):
+def unpatchify(patches, p, h, w):
     """The inverse of patchify."""
-    x = u.view(len(u), h // p, w // p, p, p, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(u), -1, h, w)                              # (B, C, h, w)
+    x = patches.view(len(patches), h // p, w // p, p, p, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, h, w)                        # (B, C, h, w)
 
 
 def sincos_pos_embed(n, D):
@@ -156,7 +162,7 @@ NORM = dict(eps=1e-5, elementwise_affine=False)                 # of the tokeniz
 
 
 class Attention(nn.Module):
-    """Attention without biases (F7). Normalised queries and keys have no length: no logit exceeds 8."""
+    """Attention without biases (F7). Normalised, queries and keys are sqrt(d) long: no logit exceeds 8."""
 
     def __init__(self, D, d, qk_norm=True):
         super().__init__()
@@ -207,10 +213,9 @@ def modulate(h, shift, scale):
 class DecoderBlock(Block):
     """The block under adaLN-zero, the identity at the start of training.
 
-    F18  h <- h + gate_msa * attention(norm(h) * (1 + scale_msa) + shift_msa), then the same with mlp; the six
+    F18  h = [W_n patches of x_t + b_n + pos ; r] at first, r of F14 to F16; each block
+         h <- h + gate_msa * attention(norm(h) * (1 + scale_msa) + shift_msa), then the same with mlp; the six
          vectors are W_M silu(tau) + b_M, six for patches and six for registers; W_M and b_M start at zero
-
-    Patches and registers are modulated apart, since time changes what is noise and not what is known.
     """
 
     def __init__(self, D, d):
@@ -238,7 +243,8 @@ class GPTBlock(Block):
 
     F31  h <- h + attention(norm(h)), causal; h <- h + cross(norm(h), text); h <- h + mlp(norm(h))
 
-    our choice: RMSNorm without gain, no QK-norm; 12 D^2 numbers a block, with text 16 D^2, as published.
+    reported: RMSNorm, SwiGLU, learned positions, 12 D^2 numbers a block and with text 16 D^2. our choice: the
+    norm has no gain, queries and keys no norm.
     """
 
     def __init__(self, D, d, cross):
@@ -266,15 +272,15 @@ class GPTBlock(Block):
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation: each of F numbers is rounded to one of L levels, its digit of the id.
+    """Finite scalar quantisation: each of Q numbers is rounded to one of L levels, its digit of the id.
 
     F10  b = half tanh(z + atanh(offset / half)) - offset; half = 1.001 (L - 1) / 2; offset = 1/2 if L is even
     F11  value = round(b) / floor(L / 2), in [-1, 1]; its gradient is that of b / floor(L / 2)
     F12  id = sum_j digit_j L_1 ... L_(j-1), digit_j = round(b_j) + floor(L_j / 2)
     F13  digit_j = floor(id / (L_1 ... L_(j-1))) mod L_j, value_j = digit_j / floor(L_j / 2) - 1
 
-    Nothing to learn, no loss of its own. The offset, 0 for odd L, keeps z = 0 at value 0; the 1.001 keeps the
-    outermost levels within reach of a finite z.
+    Nothing to learn, no loss of its own. The offset, 0 for odd L, keeps z = 0 at value 0; without the 1.001
+    its atanh would be infinite at L = 2.
     """
 
     def __init__(self, levels):
@@ -283,45 +289,46 @@ class FSQ(nn.Module):
         self.register_buffer("basis", self.levels.cumprod(0) // self.levels, persistent=False)
 
     def forward(self, z):
-        """z (B, R, F) to values and ids."""
+        """z (B, R, Q) to values and ids."""
         # In bf16 ids would change.
-        z = z.to(torch.promote_types(z.dtype, torch.float32))                                    # (B, R, F)
-        half = (self.levels - 1) * (1 + 1e-3) / 2                                                      # (F)
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)                                           # (F)
-        b = half * torch.tanh(z + torch.atanh(offset / half)) - offset                           # (B, R, F)
-        digits = b.detach().round().long() + self.levels // 2                                    # (B, R, F)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))                                    # (B, R, Q)
+        half = (self.levels - 1) * (1 + 1e-3) / 2                                                      # (Q)
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)                                           # (Q)
+        b = half * torch.tanh(z + torch.atanh(offset / half)) - offset                           # (B, R, Q)
+        digits = b.detach().round().long() + self.levels // 2                                    # (B, R, Q)
         # Straight through: the value of round(b), the gradient of b.
-        rounded = b + (b.round() - b).detach()                                                   # (B, R, F)
-        return rounded / (self.levels // 2), (digits * self.basis).sum(-1)               # (B, R, F), (B, R)
+        rounded = b + (b.round() - b).detach()                                                   # (B, R, Q)
+        return rounded / (self.levels // 2), (digits * self.basis).sum(-1)               # (B, R, Q), (B, R)
 
     def values(self, ids):
         """The inverse: ids (B, R) to values (F13)."""
-        digits = ids[..., None] // self.basis % self.levels                                      # (B, R, F)
-        return (digits - self.levels // 2) / (self.levels // 2)                                  # (B, R, F)
+        digits = ids[..., None] // self.basis % self.levels                                      # (B, R, Q)
+        return (digits - self.levels // 2) / (self.levels // 2)                                  # (B, R, Q)
 
 
 def initialise(module, std=0.02):
-    """Truncated normal vectors and tables (paper: s.d. .02), Xavier-uniform matrices, zero biases."""
-    # First the vectors that belong to no layer, then the layers, both in the order of the model.
+    """Truncated normal vectors and tables (official: s.d. .02), Xavier-uniform matrices, zero biases."""
+    # Vectors that belong to no layer first, then layers: on the order depends what numbers a seed gives.
     for child in sorted(module.modules(), key=lambda child: isinstance(child, (nn.Linear, nn.Embedding))):
         for weight in child.parameters(recurse=False):
-            if not isinstance(child, nn.Linear):
+            if not isinstance(child, nn.Linear):                # registers, positions, mask, tables
                 nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-            elif weight.ndim > 1:
+            elif weight.ndim > 1:                               # a matrix
                 nn.init.xavier_uniform_(weight)
-            else:
+            else:                                               # a bias
                 nn.init.zeros_(weight)
 
 
 class Encoder(nn.Module):
-    """Images to F numbers a register. Registers differ in nothing but their start and what they see.
+    """Images to Q numbers a register. Registers differ in nothing but their start and what they see.
 
-    F4  h = [W_p u + b_p + pos ; registers]: learned vectors stand behind the patches
+    F4  h = [W_p patches + b_p + pos ; registers]: learned vectors stand behind the patches
     F5  i sees j if j is a patch or j <= i: patches see patches, register i patches and registers 1 to i
     F9  z = W_z norm(h of the registers) + b_z; W_z and b_z start at zero
 
     By F5 the first k tokens do not depend on how many are asked for. By F9 all images have the same ids at
-    first, and no gradient passes: the decoder learns alone, then W_z, then the blocks, in some five steps.
+    first. What starts at zero lets no gradient through, so layers begin to learn one step after another: W_v
+    (F19), the decoder's modulation, W_z, the encoder's blocks, W_r (F14).
     """
 
     def __init__(self, cfg):
@@ -342,13 +349,13 @@ class Encoder(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x):
-        """Images or latents (B, C, h, w) to z (B, R, F)."""
+        """Images or latents (B, C, h, w) to z (B, R, Q)."""
         patches = self.embed(patchify(x, self.p)) + self.pos_embed                               # (B, P, D)
         registers = self.registers.expand(len(x), -1, -1)                                        # (B, R, D)
         h = torch.cat([patches, registers], 1)                                                 # (B, P+R, D)
         for block in self.blocks:
             h = block(h, self.mask)                                                            # (B, P+R, D)
-        return self.head(self.norm(h[:, patches.shape[1]:]))                                     # (B, R, F)
+        return self.head(self.norm(h[:, patches.shape[1]:]))                                     # (B, R, Q)
 
 
 def timestep_embedding(t, T):
@@ -363,9 +370,10 @@ class Decoder(nn.Module):
     """Noised images, flow time and a prefix of tokens to the velocity.
 
     F14  r_i = W_r value_i + b_r + pos_i, learned positions
-    F15  r_i <- mask for i > k: nested dropout; one vector replaces token and position, nothing is cut off
+    F15  r_i <- mask for i > k: nested dropout; one vector replaces token and position, nothing is cut off;
+         k = 2^j, j uniform on 0, 1 ... log2 R (pow2), or k uniform on 1, 2 ... R
     F16  r_i <- null for all i of an image without tokens, so that it is alike at every k, as guidance needs
-    F17  tau = MLP([cos(t f), sin(t f)]), f_j = 1000 / T 256^(-j / 128), j < 128
+    F17  tau = MLP([cos(t f), sin(t f)]), f_j = (1000 / T) 256^(-j / 128), j < 128
     F19  v = unpatchify(W_v (norm(h) * (1 + scale) + shift) + b_v) of the patches; a linear layer makes shift
          and scale of silu(tau); both layers start at zero
 
@@ -391,27 +399,27 @@ class Decoder(nn.Module):
         for linear in (self.modulation, self.head, *(block.modulation for block in self.blocks)):
             nn.init.zeros_(linear.weight)
 
-    def tokens(self, values, num_tokens, null):
-        """Inputs r (B, R, D) of values (B, R, F), lengths k = num_tokens (B,), null (B,) bool: F14 to F16."""
+    def tokens(self, values, num_tokens, no_tokens):
+        """Inputs r (B, R, D), F14 to F16: values (B, R, Q), num_tokens k (B,), no_tokens (B,) bool."""
         r = self.read(values) + self.token_position                                              # (B, R, D)
         dropped = torch.arange(r.shape[1], device=r.device) >= num_tokens[:, None]                  # (B, R)
         r = torch.where(dropped[..., None], self.mask, r)                                        # (B, R, D)
-        return torch.where(null[:, None, None], self.null, r)                                    # (B, R, D)
+        return torch.where(no_tokens[:, None, None], self.null, r)                               # (B, R, D)
 
-    def forward(self, x, t, values, num_tokens, null):
+    def forward(self, x, t, values, num_tokens, no_tokens):
         """Of x (B, C, h, w), t (B,) and tokens the velocity, and the patches behind block `repa_layer`."""
         tau = self.time(timestep_embedding(t, self.T))                                              # (B, D)
         patches = self.embed(patchify(x, self.p)) + self.pos_embed                               # (B, P, D)
         P = patches.shape[1]
         early = None
-        h = torch.cat([patches, self.tokens(values, num_tokens, null)], 1)                     # (B, P+R, D)
+        h = torch.cat([patches, self.tokens(values, num_tokens, no_tokens)], 1)                # (B, P+R, D)
         for i, block in enumerate(self.blocks):
             h = block(h, tau, P)                                                               # (B, P+R, D)
             if i == self.repa_layer:
                 early = h[:, :P]                                                                 # (B, P, D)
         shift, scale = self.modulation(F.silu(tau))[:, None].chunk(2, -1)             # (B, 1, D), (B, 1, D)
-        u = self.head(self.norm(h[:, :P]) * (1 + scale) + shift)                             # (B, P, p*p*C)
-        return unpatchify(u, self.p, *x.shape[2:]), early                          # (B, C, h, w), (B, P, D)
+        v = self.head(self.norm(h[:, :P]) * (1 + scale) + shift)                             # (B, P, p*p*C)
+        return unpatchify(v, self.p, *x.shape[2:]), early                          # (B, C, h, w), (B, P, D)
 
 
 class Tokenizer(nn.Module):
@@ -426,7 +434,8 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(cfg)
         self.align = nn.Identity()
         if S:
-            # official code differs: its head of this form starts at zero, where a cosine has no gradient.
+            # official code differs: its head of this form starts at zero, where torch's cosine, which divides
+            # by 10^-8 instead of a length of 0, has a gradient of some 10^7.
             self.align = nn.Sequential(nn.LayerNorm(D, **NORM), nn.Linear(D, 4 * D), nn.SiLU(),
                                        nn.Linear(4 * D, 4 * D), nn.SiLU(), nn.Linear(4 * D, S))
         initialise(self.align)
@@ -499,7 +508,7 @@ class GPT(nn.Module):
         self.start = nn.Parameter(torch.empty(D))
         self.position = nn.Parameter(torch.empty(cfg.registers, D))
         S = empty.shape[-1] if cfg.text else D
-        # Made for a class as well, and then left out: so old seeds give old weights.
+        # A class has no use for it. Drawn all the same, it keeps what numbers a seed gives to all the rest.
         text = nn.Sequential(nn.Linear(S, S, bias=False), nn.GELU("tanh"), nn.Linear(S, D, bias=False))
         self.text = text if self.is_text else None
         if not self.is_text:
@@ -507,7 +516,8 @@ class GPT(nn.Module):
         elif cfg.text:
             self.condition = StateCondition()
         else:
-            self.condition = TextCondition(4 + len(names), len(empty), D, cfg.head)   # 4: data.Vocabulary
+            # Four ids come before the words: padding, start, end, unknown.
+            self.condition = TextCondition(4 + len(names), len(empty), D, cfg.head)
         self.blocks = nn.ModuleList(GPTBlock(D, cfg.head, self.is_text) for _ in range(cfg.gpt))
         self.norm = nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)
         initialise(self)
@@ -542,27 +552,27 @@ class GPT(nn.Module):
 # --- Objective ---------------------------------------------------------------
 
 # F20  x_t = t noise + (1 - t) x: t = 1 is noise, t = 0 the image
-# F21  t = 1 - u - s (cos^2(pi u / 2) - 1 + u), s = 1/4, u uniform: SD3's mode sampling, the published law
+# F21  t = 1 - u - s (cos^2(pi u / 2) - 1 + u), s = 1/4, u uniform: SD3's mode sampling, published
 # F22  L_flow = mean |v(x_t, t, tokens 1 to k) - (noise - x)|^2
-# F23  L_REPA = -mean over patches of cos(MLP(patch behind an early block), teacher's features there)
+# F23  L_REPA = -mean_patches cos(MLP(patch after an early block), teacher's feature of the image there)
 # F24  L = L_flow + repa L_REPA; the encoder learns through the FSQ alone
 
 
 def nested_lengths(u, R, law):
     """Uniform draws u (B,) in [0, 1) to numbers k of tokens kept, for every image its own (F15).
 
-    pow2, the published law, takes each of 1, 2, 4 ... R as often, and so practises short prefixes.
+    pow2 is published. It practises short prefixes: half of its k are at most sqrt(R).
     """
-    if law == "uniform":
-        return 1 + (u * R).long()                                                                      # (B)
-    powers = R.bit_length()                                         # log2(R) + 1 of them
-    return 2 ** (u * powers).long()                                                                    # (B)
+    if law == "pow2":
+        return 2 ** (u * R.bit_length()).long()                 # log2(R) + 1 powers of two            # (B)
+    return 1 + (u * R).long()                                                                          # (B)
 
 
 def flow_time(u, law, shift=1.0):
     """Uniform draws u (B,) to flow times t (F21); ndtri makes uniform draws normal.
 
-    our choice for short runs: SD3's shift towards noise, where the loss asks what the tokens say.
+    our choice for short runs: SD3's shift towards noise. There the tokens alone tell what the image is, so
+    they learn most.
     """
     if law == "mode":
         t = 1 - u - 0.25 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)                                   # (B)
@@ -574,21 +584,23 @@ def flow_time(u, law, shift=1.0):
 
 
 def loss_tokenizer(model, x, draws, teacher=None):
-    """The loss (F20 to F24) of images x (B, C, h, w) and its parts; teacher(x): features (B, S, g, g).
+    """The loss (F20 to F24) of images or latents x (B, C, h, w) and its parts.
 
-    draws: "time" (B,), "noise" like x, "num_tokens" (B,), "null" (B,) bool: images decoded without tokens.
+    draws: "time" (B,), "noise" like x, "num_tokens" (B,), "no_tokens" (B,) bool: decoded without tokens;
+    "images" for the teacher, images -> features (B, S, g, g): x itself, or what the latents x are of.
     """
     t = draws["time"]
     noise = draws["noise"]
     values, _ = model.fsq(model.encoder(x))
     noised = torch.lerp(x, noise, t.view(-1, 1, 1, 1))                                        # (B, C, h, w)
-    v, patches = model.decoder(noised, t, values, draws["num_tokens"], draws["null"])
+    v, patches = model.decoder(noised, t, values, draws["num_tokens"], draws["no_tokens"])
     flow = (v.to(x.dtype) - (noise - x)).square().mean()
     if teacher is None:
         return flow, {"flow": flow}
     # our choice: features are resized to the grid of patches, not both to one of 37 x 37.
     n = math.isqrt(patches.shape[1])
-    features = F.interpolate(teacher(x), (n, n), mode="bilinear").flatten(2).transpose(1, 2)     # (B, P, S)
+    features = F.interpolate(teacher(draws["images"]), (n, n), mode="bilinear")               # (B, S, n, n)
+    features = features.flatten(2).transpose(1, 2)                                               # (B, P, S)
     cosine = F.cosine_similarity(model.align(patches).to(x.dtype), features, dim=-1).mean()
     return flow - model.repa * cosine, {"flow": flow, "cosine": cosine}
 
@@ -604,10 +616,11 @@ def loss_ar(model, batch, draws):
 
 # --- Sampling ----------------------------------------------------------------
 
-# F25  x <- x - v(x, t) / N for t = 1, (N - 1) / N ... 1 / N, from x = noise; v points from image to noise
+# F25  x <- x - v(x, t) / n for t = 1, (n - 1) / n ... 1 / n (num_steps), from x = noise; v points from image
+#      to noise
 # F26  CFG: v + (g - 1) diff, diff = v - v_null: velocities with tokens and without
-# F27  APG: diff <- diff - 1/2 (diff of the last step), cut to a length of 2.5; v + (g - 1) times its part
-#      orthogonal to v, for the part parallel to v would oversaturate
+# F27  APG: diff <- diff - 1/2 (that of the last step, uncut), then cut to a length of 2.5; v + (g - 1) times
+#      its part orthogonal to v, for the part parallel to v would oversaturate
 # F28  a prefix id_1 ... id_k is filled up with any ids; the mask then replaces them (F15)
 # F33  logits = free + g (told - free), with the condition and without; then temperature, top-k, top-p, a draw
 
@@ -619,7 +632,7 @@ def guidance_scale(cfg, t):
 
 
 def classifier_free_guidance(v, v_null, scale):
-    """Guided velocities (F26), added up in float64."""
+    """Guided velocities (F26). our choice: added up in float64."""
     return (v.double() + (scale - 1) * (v - v_null).double()).to(v.dtype)                     # (B, C, h, w)
 
 
@@ -637,8 +650,8 @@ def adaptive_projected_guidance(v, v_null, scale, last_diff, threshold=2.5):
 
 def velocities(decoder, x, t, values, num_tokens):
     """The velocities with tokens and without, in one call."""
-    null = torch.arange(2 * len(x), device=x.device) >= len(x)                                        # (2*B)
-    v, _ = decoder(x.repeat(2, 1, 1, 1), t.repeat(2), values.repeat(2, 1, 1), num_tokens.repeat(2), null)
+    second = torch.arange(2 * len(x), device=x.device) >= len(x)                                      # (2*B)
+    v, _ = decoder(x.repeat(2, 1, 1, 1), t.repeat(2), values.repeat(2, 1, 1), num_tokens.repeat(2), second)
     return v.chunk(2)
 
 
@@ -647,11 +660,11 @@ def sample(model, noise, ids, cfg):
     """Images from noise (B, C, h, w) and prefixes of tokens (B, k), k <= R. The cost does not depend on k."""
     B, k = ids.shape
     R = len(model.decoder.token_position)
-    values = model.fsq.values(F.pad(ids, (0, R - k))).to(noise.dtype)                            # (B, R, F)
+    values = model.fsq.values(F.pad(ids, (0, R - k))).to(noise.dtype)                            # (B, R, Q)
     num_tokens = torch.full((B,), k, device=ids.device)                                                # (B)
-    null = torch.zeros(B, dtype=torch.bool, device=ids.device)                                         # (B)
-    # our choice: the threshold stays in proportion to the noise. The paper's 2.5 stands beside latents of
-    # 16 x 32 x 32 numbers, whose noise is 128 long.
+    no_tokens = torch.zeros(B, dtype=torch.bool, device=ids.device)                                    # (B)
+    # our choice: the threshold stays in proportion to the noise. The official code's 2.5 is meant for latents
+    # of 16 x 32 x 32 numbers, whose noise is 128 long.
     threshold = 2.5 * noise[0].numel() ** 0.5 / 128
     x = noise
     diff = torch.zeros_like(noise)
@@ -659,7 +672,7 @@ def sample(model, noise, ids, cfg):
         t = noise.new_full((B,), i / cfg.num_steps)                                                    # (B)
         scale = guidance_scale(cfg, i / cfg.num_steps)
         if scale == 1:
-            v, _ = model.decoder(x, t, values, num_tokens, null)
+            v, _ = model.decoder(x, t, values, num_tokens, no_tokens)
         else:
             v, v_null = velocities(model.decoder, x, t, values, num_tokens)
             if cfg.apg:
@@ -672,7 +685,7 @@ def sample(model, noise, ids, cfg):
 
 @torch.no_grad()
 def generate(model, cond, u, cfg):
-    """Ids (B, k) for conditions, from a uniform draw a token, u (B, k), with a key-value cache (F33)."""
+    """Ids (B, k) for conditions, with a key-value cache (F33). Uniform u (B, k): u[:, i] draws token i."""
     guided = cfg.cfg_scale_ar != 1
     if guided:
         cond = torch.cat([cond, model.empty.expand_as(cond)])
@@ -695,10 +708,12 @@ def generate(model, cond, u, cfg):
 # --- Training ----------------------------------------------------------------
 
 # Width, heads and depth are one number, as in the paper: 12 blocks of 12 heads of 64 channels are "d12". The
-# demo is 12 pixels wide, with patches of 2: a token must name a place, and in patches of 4, where the decoder
-# has to carry 48 numbers of noise through 64 channels, all eight learned the two colours and nothing else.
+# demo is 12 pixels wide, with patches of 2. With patches of 4 its decoder had to carry 48 numbers of noise
+# through 64 channels, and its eight tokens learned the two colours of an image alone and no place.
+# Presets of the paper train one stage; the GPT's on tokens of the largest tokenizer, for the reported 300
+# epochs. paper unknown: precision, and all that Config calls so.
 PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.pt2", bf16=True)
-PAPER_AR = dict(PAPER, stage="ar", encoder=18, decoder=28)      # on tokens of the largest tokenizer
+PAPER_AR = dict(PAPER, stage="ar", encoder=18, decoder=28, steps=375_000)
 PAPER_TEXT = dict(PAPER_AR, condition="text", text="t5-xl.npy", cfg_scale_ar=3.0)
 PRESETS = {
     "demo": dict(size=12, channels=3, flip=False, crop=1.0, registers=8, levels="8,5,5,5", encoder=2,
@@ -709,39 +724,44 @@ PRESETS = {
     "small": dict(data="cifar10", channels=3, registers=64, encoder=6, decoder=6, gpt=6, steps=40_000,
                   steps_ar=20_000, batch=128, ema=0.999, cfg_scale=2.0)}
 PRESETS |= {f"d{e}-d{d}": dict(PAPER, encoder=e, decoder=d) for e, d in ((12, 12), (18, 18), (18, 28))}
-PRESETS |= {f"ar-d{n}": dict(PAPER_AR, gpt=n) for n in (10, 12, 16, 20, 24, 30)}
-PRESETS |= {f"ar-text-d{n}": dict(PAPER_TEXT, gpt=n) for n in (12, 18, 26, 36)}
+# our choice: muP's rule for matrices, a rate in inverse proportion to the width.
+PRESETS |= {f"ar-d{n}": dict(PAPER_AR, gpt=n, lr_ar=1.2e-3 * 10 / n) for n in (10, 12, 16, 20, 24, 30)}
+PRESETS |= {f"ar-text-d{n}": dict(PAPER_TEXT, gpt=n, lr_ar=1.2e-3 * 10 / n) for n in (12, 18, 26, 36)}
 TARGET = 0.047      # error at k = R, at most: mean + 4 s.d. of seeds 0 to 4, .0439 .0434 .0418 .0436 .0420
-SHORT_RUN = 100     # a run of fewer steps tries the machine: its judge stays untrained
-
-# F1  x = c z, z ~ N(mean, exp(logvar)): cached latents of a VAE, drawn anew in every step; pixels stay pixels
-
+SHORT_RUN = 100     # a run of fewer steps only tries the code: its judge stays untrained
 
 def draw_images(dataset, cfg, step, stage):
-    """A batch of images x (B, C, h, w), their places in the data set, and four more uniform draws (B,).
+    """Images or latents x (B, C, h, w), their index and flip (B,), and three more uniform draws (B,).
 
     Drawn for all ranks on the CPU, then cut to this rank's share.
     """
     cpu_generator = common.make_generator(cfg.seed, step, f"{stage} data")
     index = common.shard(torch.randint(len(dataset), (cfg.batch,), generator=cpu_generator)).numpy()
-    u_flip, *others = common.shard(torch.rand(cfg.batch, 5, generator=cpu_generator)).unbind(1)
+    # Four of five are used; fewer draws would change what numbers a seed gives.
+    u_flip, *others, _ = common.shard(torch.rand(cfg.batch, 5, generator=cpu_generator)).unbind(1)
     flip = (u_flip < 0.5) & cfg.flip
     if dataset.latent:
+        flip &= dataset.mean_flip is not None
         noise = torch.randn(cfg.batch, *dataset.images.shape[1:], generator=cpu_generator)
-        x = dataset.latents(index, flip.numpy(), common.shard(noise))
-    else:
-        x = dataset.pixels(index)
-        x = torch.where(flip[:, None, None, None], x.flip(-1), x)                             # (B, C, h, w)
-    return x, index, others
+        return dataset.latents(index, flip.numpy(), common.shard(noise)), index, flip, others
+    return mirror(dataset.pixels(index), flip), index, flip, others
+
+
+def mirror(x, flip):
+    """Images x (B, C, h, w), of which those of `flip` (B,) are mirrored."""
+    return torch.where(flip[:, None, None, None], x.flip(-1), x)                              # (B, C, h, w)
 
 
 def draw(dataset, cfg, step, device):
     """One step's images, and the draws that loss_tokenizer names."""
-    x, _, (u_time, u_length, u_null, _) = draw_images(dataset, cfg, step, "tokenizer")
+    x, index, flip, (u_time, u_length, u_null) = draw_images(dataset, cfg, step, "tokenizer")
     noise = common.shard_noise((cfg.batch, *x.shape[1:]), cfg.seed, step, "tokenizer noise", device)
-    draws = {"time": flow_time(u_time, cfg.time, cfg.shift), "noise": noise, "null": u_null < cfg.null,
-             "num_tokens": nested_lengths(u_length, cfg.registers, cfg.nested)}
-    return x.to(device, noise.dtype), {name: value.to(device) for name, value in draws.items()}
+    x = x.to(device, noise.dtype)
+    draws = {"time": flow_time(u_time, cfg.time, cfg.shift), "noise": noise, "no_tokens": u_null < cfg.null,
+             "num_tokens": nested_lengths(u_length, cfg.registers, cfg.nested), "images": x}
+    if dataset.latent and cfg.repa:
+        draws["images"] = mirror(dataset.pixels(index), flip)
+    return x, {name: value.to(device) for name, value in draws.items()}
 
 
 def random_crops(x, factor, u_row, u_column):
@@ -756,8 +776,10 @@ def random_crops(x, factor, u_row, u_column):
 
 def draw_ar(dataset, conditions, cfg, step, device):
     """One step's images and conditions, and the draws that loss_ar names."""
-    x, index, (u_row, u_column, u_drop, _) = draw_images(dataset, cfg, step, "ar")
+    x, index, _, (u_row, u_column, u_drop) = draw_images(dataset, cfg, step, "ar")
     if not dataset.latent:
+        # our choice: a fresh crop in every step; reported: the tokens of ten crops are stored. Latents get no
+        # crop: their file may hold those of ten crops of each image.
         x = random_crops(x, cfg.crop, u_row, u_column)
     cond = torch.from_numpy(np.array(conditions[index]))
     batch = x.to(device, torch.get_default_dtype()), cond.to(device)
@@ -765,7 +787,7 @@ def draw_ar(dataset, conditions, cfg, step, device):
 
 
 def learning_rate(cfg, step, stage="tokenizer"):
-    """Linear warm-up, then a cosine to 1 % of the peak."""
+    """Linear warm-up from 1 % of the peak (our choice; reported: from 1e-6), then a cosine to 1 %."""
     peak = cfg.lr if stage == "tokenizer" else cfg.lr_ar
     progress = step / (getattr(cfg, f"steps_{stage}") or cfg.steps)
     if progress < cfg.warmup:
@@ -776,31 +798,24 @@ def learning_rate(cfg, step, stage="tokenizer"):
 
 
 def optimizer(model, cfg, decay=0.01):
-    """AdamW. our choice for the tokenizer, whose optimizer is unknown; the GPT's decay is the paper's .05."""
+    """AdamW, gradients cut to a length of 1: reported for the GPT, with decay .05; else paper unknown."""
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=decay, fused=True)
 
 
-def open_teacher(cfg):
+def open_teacher(cfg, dataset):
     """The frozen teacher, images (B, C, h, w) -> features (B, S, g, g), and S; None and 0 without REPA."""
     if not cfg.repa or cfg.stage == "ar":
         return None, 0
     device = common.device_of(cfg)
+    channels, side, _ = dataset.pictures.shape[1:]
     if cfg.teacher != "judge":
-        teacher = common.load_teacher(cfg.teacher, cfg.channels, cfg.size)
+        teacher = common.load_teacher(cfg.teacher, channels, side)
     elif (cfg.steps_tokenizer or cfg.steps) < SHORT_RUN:
         torch.manual_seed(0)
-        judge = common.Judge(cfg.channels, width=32, classes=1)
-        teacher = judge.requires_grad_(False).to(device).spatial
+        teacher = common.Judge(channels, width=32, classes=1).requires_grad_(False).to(device).spatial
     else:
         teacher = common.judge(open_split(cfg, "judge"), "teacher").to(device).spatial
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, cfg.channels, cfg.size, cfg.size, generator=generator).to(device)
-    alone, beside = teacher(x[:1])[0], teacher(x)[0]
-    # A file exported in training mode draws dropout, or takes norms over the batch.
-    frozen = (alone - beside).abs().max() <= 1e-3 * beside.abs().max()
-    common.require(frozen, f"--teacher {cfg.teacher}: an image's features change with the call; "
-                   "export it after .eval()")
-    return teacher, len(alone)
+    return teacher, teacher(torch.zeros(1, channels, side, side, device=device)).shape[1]
 
 
 def open_conditions(cfg, dataset):
@@ -821,13 +836,13 @@ def open_conditions(cfg, dataset):
 
 
 def encode_captions(captions, words, L):
-    """Captions as word ids (M, L): 1 for the start, the words, zeros. UserError where one cannot be read."""
-    vocabulary = data.Vocabulary(words)                             # its id 3 is an unknown word
+    """Captions as word ids (M, L): the start, the words, zeros. UserError where one cannot be read."""
+    vocabulary = data.Vocabulary(words)
     known = " ".join(words)
     rows = np.zeros((len(captions), L), np.int64)
     for row, caption in zip(rows, captions):
-        ids = [1, *vocabulary.encode(caption)]
-        common.require(3 not in ids, f"unknown words in {caption!r}; known are: {known}")
+        ids = [data.START, *vocabulary.encode(caption)]
+        common.require(data.UNKNOWN not in ids, f"unknown words in {caption!r}; known are: {known}")
         common.require(len(ids) <= L, f"a caption has {len(ids) - 1} words; at most {L - 1} are read")
         row[:len(ids)] = ids
     return rows
@@ -847,7 +862,7 @@ def load_tokenizer(cfg, path):
     saved = common.read_checkpoint(path, "flextok")
     name = "tokenizer" if "tokenizer" in saved["state"] else "ema"
     with data.reading(path):
-        S = len(saved["state"][name].get("align.5.bias", ()))
+        S = len(saved["state"][name].get("align.5.bias", ()))       # the last layer's; none without REPA
     tokenizer = Tokenizer(cfg, S).to(common.device_of(cfg)).requires_grad_(False)
     common.load_into({name: tokenizer}, saved, path)
     return tokenizer
@@ -865,10 +880,10 @@ def load_gpt(cfg, path):
 
 
 def train_tokenizer(cfg):
-    """Stage 1: encoder and decoder together (F14 to F24)."""
+    """Stage 1: encoder and decoder together (F2 to F24)."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
-    teacher, S = open_teacher(cfg)
+    teacher, S = open_teacher(cfg, dataset)
     run = common.Run(cfg, "tokenizer", classes=dataset.classes)
     run.seed_weights()
     model = Tokenizer(cfg, S).to(device)
@@ -892,7 +907,7 @@ def train_tokenizer(cfg):
 
 
 def train_ar(cfg):
-    """Stage 2: the GPT, on ids that the frozen tokenizer gives to cropped, mirrored images (F29 to F32)."""
+    """Stage 2: the GPT, on ids that the frozen tokenizer gives to images of draw_ar (F29 to F32)."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
     tokenizer = load_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
@@ -908,7 +923,6 @@ def train_ar(cfg):
         (x, cond), draws = draw_ar(dataset, conditions, cfg, step, device)
         common.set_learning_rate(opt, learning_rate(cfg, step, "ar"))
         with common.autocast(cfg):
-            # our choice: a fresh crop in every step, where the paper stores the tokens of ten.
             value, losses = loss_ar(model, (tokenizer.tokenize(x), cond), draws)
         opt.zero_grad()
         value.backward()
@@ -945,14 +959,14 @@ def check(cfg):
     require, R = common.require, cfg.registers
     require(cfg.head % 4 == 0, f"--head {cfg.head}: must be a multiple of 4")
     require(cfg.size % cfg.patch == 0, f"--size {cfg.size}: must be a multiple of --patch {cfg.patch}")
-    fine = cfg.nested == "uniform" or R.bit_count() == 1
-    require(fine, f"--registers {R}: give a power of 2, or --nested uniform")
+    fine = cfg.nested != "pow2" or R.bit_count() == 1
+    require(fine, f"--registers {R}: --nested pow2 wants a power of 2")
     fine = not cfg.repa or cfg.repa_layer < cfg.decoder
     require(fine, f"--repa_layer {cfg.repa_layer}: not below --decoder {cfg.decoder}")
     parse_levels(cfg.levels)
     num_kept(cfg)
     if cfg.classes != "all":
-        common.parse_classes(cfg.classes, 10 ** 9)
+        common.parse_classes(cfg.classes, 10 ** 9)      # the form alone; prepare knows how many there are
     require(cfg.prompt.strip(), "--prompt: is empty; give some words")
     require(not (cfg.encode and cfg.decode), "--encode and --decode: give one of them")
     require(cfg.sample or not (cfg.encode or cfg.decode), "--encode and --decode go with --sample CHECKPOINT")
@@ -969,7 +983,8 @@ def open_split(cfg, split, count=20_000):
     found = data.open_data(cfg.data, split, size=cfg.size, objects=(1, cfg.objects), count=count)
     shape = found.images.shape[1:]
     wanted = (cfg.channels, cfg.size, cfg.size)
-    common.require(shape == wanted, f"{cfg.data}: images {shape}; --channels and --size ask for {wanted}")
+    hint = " (the paper's VAE has 16 channels, Stable Diffusion's 4)" if found.latent else ""
+    common.require(shape == wanted, f"{cfg.data}: {found.kind} {shape}; --channels, --size: {wanted}{hint}")
     return found
 
 
@@ -980,8 +995,10 @@ def prepare(cfg):
     common.require_memory(cfg, lambda: Tokenizer(cfg))
     dataset = open_split(cfg, "train")
     print(data.describe({"train": dataset, "test": open_split(cfg, "test", cfg.count)}), flush=True)
-    blind = dataset.latent and cfg.repa and cfg.teacher == "judge" and cfg.stage != "ar"
-    common.require(not blind, f"{cfg.data}: the judge reads pixels; give --teacher FILE, or --repa 0")
+    if dataset.latent and cfg.repa and cfg.stage != "ar":
+        sees = dataset.pictures is not None and cfg.teacher != "judge"
+        common.require(sees, f"{cfg.data}: REPA's teacher sees images, not latents; add images, uint8 "
+                       "(M, H, H, 3), to the file and give --teacher FILE, or --repa 0")
     if cfg.stage == "ar":
         check_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
     if cfg.stage != "tokenizer":
@@ -991,7 +1008,7 @@ def prepare(cfg):
             common.parse_classes(cfg.classes, len(names))
         elif cfg.prompt != "captions":
             encode_captions([cfg.prompt], names, len(empty))
-    open_teacher(cfg)
+    open_teacher(cfg, dataset)                          # refuses a bad file, or trains the judge, once
 
 
 def check_tokenizer(cfg, path):
@@ -1006,21 +1023,31 @@ def check_tokenizer(cfg, path):
 
 
 def plain_images(dataset, rows):
-    """Images (m, C, h, w) of a data set as they are; of latents their means."""
+    """Images (m, C, h, w) of a data set as they are.
+
+    official code differs: it draws latents. Here they are means, so that an image has the same ids always.
+    """
     rows = np.asarray(rows)
     x = dataset.latents(rows, np.zeros(len(rows), bool), 0.0) if dataset.latent else dataset.pixels(rows)
     return x.to(torch.get_default_dtype())
 
 
 def encode_images(tokenizer, cfg, dataset, count):
-    """The ids (M, R) of the first images of a data set."""
-    device = common.device_of(cfg)
-    rows = torch.arange(min(count, len(dataset)))
-    return common.in_blocks(lambda i: tokenizer.tokenize(plain_images(dataset, i).to(device)), "cpu", rows)
+    """The ids (M, R) of the first images of a data set, under autocast where stage ar tokenizes under it."""
+
+    def tokenize(rows):
+        return tokenizer.tokenize(plain_images(dataset, rows).to(common.device_of(cfg)))
+
+    rows = torch.arange(min(count, len(dataset)))               # on the CPU, where the data is
+    with common.autocast(cfg):
+        return common.in_blocks(tokenize, "cpu", rows)
 
 
 def decode_tokens(tokenizer, cfg, ids):
-    """Images of token prefixes (M, k). Image i starts from the same noise at every k."""
+    """Images of token prefixes (M, k). Image i starts from the same noise at every k.
+
+    official code differs: it decodes under bf16 autocast, this in fp32.
+    """
     generator = common.make_generator(cfg.seed, 0, "sample")
     noise = torch.randn(len(ids), cfg.channels, cfg.size, cfg.size, generator=generator)
     return common.in_blocks(lambda n, i: sample(tokenizer, n, i, cfg), common.device_of(cfg), noise, ids)
@@ -1032,17 +1059,18 @@ def prefix_lengths(longest):
 
 
 def show_prefixes(path, tokenizer, cfg, ids, names, *extra):
-    """A picture: a row an image, a column a prefix length; extra: (title, function of the last column)."""
+    """A picture: a row an image, a column a prefix length; extra columns: (title, function of the last)."""
     decode = functools.partial(decode_tokens, tokenizer, cfg)
     lengths = prefix_lengths(ids.shape[1])
     common.prefixes_png(path, decode, ids, lengths, names, lambda k, images: f"k={k}", extra)
 
 
 def show_tokens(tokenizer, cfg, where):
-    """prefixes.png; vocabulary.png; what k tokens know without invention.
+    """prefixes.png and vocabulary.png; returns prefix lengths and the one-step error of each.
 
-    vocabulary.png puts the first token of the column's image before the others of the row's. Returned are
-    prefix lengths, and mean squared errors of the estimate that one step from noise gives.
+    vocabulary.png puts the first token of the column's image before the others of the row's. The error is the
+    mean square of the decoder's first guess, one step from noise to image: a mean of what the tokens leave
+    open, so it shows what k tokens know and nothing invented.
     """
     test = open_split(cfg, "test", cfg.count)
     x = plain_images(test, range(min(cfg.count, len(test))))

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import typing
 from pathlib import Path
 
 import common
@@ -59,9 +60,9 @@ def stored():
         return {key: torch.from_numpy(found[key]) for key in found.files}
 
 
-def named(time, noise, num_tokens, null):
+def named(time, noise, num_tokens, no_tokens):
     """The draws of loss_tokenizer."""
-    return {"time": time, "noise": noise, "num_tokens": num_tokens, "null": null}
+    return {"time": time, "noise": noise, "num_tokens": num_tokens, "no_tokens": no_tokens}
 
 
 def close(a, b, atol):
@@ -178,6 +179,12 @@ def test_fsq_is_monotone_coordinatewise_with_the_closed_gradient():
         half, off = (L - 1) * 1.001 / 2, 0.5 * (L % 2 == 0)
         expected = half * (1 - torch.tanh(z[..., i] + math.atanh(off / half)) ** 2) / (L // 2)
         close(gradient[..., i], expected.detach(), 1e-6)
+
+
+def test_fsq_of_two_levels():
+    """F10 stays finite at L = 2, where without the 1.001 the offset would be half of everything."""
+    values, ids = flextok.FSQ((2, 2))(torch.tensor([[[-9.0, -9.0], [0.0, -9.0], [-9.0, 0.0], [9.0, 9.0]]]))
+    assert ids.tolist() == [[0, 1, 2, 3]] and values.unique().tolist() == [-1, 0]
 
 
 def test_fsq_never_computes_in_bf16():
@@ -393,6 +400,7 @@ def test_flow_path_and_times():
     close(t + t.flip(0), torch.ones(1001).double(), 1e-6)
     close(t, 1 - u - 0.25 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u), 1e-14)
     masses = torch.histc(flextok.flow_time((torch.arange(100_000) + 0.5) / 100_000, "mode"), 10, 0, 1) / 100_000
+    assert typing.get_args(flextok.Config.__annotations__["time"]) == ("mode", "logit-normal", "uniform")
     close(masses[:5], torch.tensor([0.083, 0.091, 0.100, 0.109, 0.115]), 2e-3)
     close(flextok.flow_time(u, "uniform"), 1 - u, 1e-14)
     normal = flextok.flow_time((torch.arange(1000) + 0.5) / 1000, "logit-normal")
@@ -411,7 +419,7 @@ def test_laws_of_nested_dropout():
     """F15: how often register i is kept."""
     R, u = 256, torch.rand(40_000, generator=torch.Generator().manual_seed(0))
     i = torch.arange(1, R + 1)
-    pow2, uniform = (flextok.nested_lengths(u, R, law) for law in ("pow2", "uniform"))
+    pow2, uniform = (flextok.nested_lengths(u, R, law) for law in typing.get_args(flextok.Config.__annotations__["nested"]))
     assert pow2.unique().tolist() == [2 ** j for j in range(9)]
     assert uniform.min() == 1 and uniform.max() == R
     theory = torch.tensor([sum(2 ** j >= n for j in range(9)) / 9 for n in i.tolist()])
@@ -721,12 +729,13 @@ def test_batch_independence():
 
 
 def test_losses_by_formula():
-    """F20, F22, F23 and F24, an image and a patch at a time."""
+    """F20, F22, F23 and F24, an image and a patch at a time; the teacher sees the images, which latents are not."""
     torch.manual_seed(0)
     model, (x, t, _), noise, keep = tokenizer(), decoder_inputs(), images(seed=8), torch.tensor([1, 4, 8])
     model.align, model.repa = awake(torch.nn.Linear(32, 5)), 0.3
     features = torch.randn(3, 5, 3, 3).double()                         # already on the grid of patches
-    value, parts = flextok.loss_tokenizer(model, x, named(t, noise, keep, NO), lambda seen: features * (seen is x))
+    draws = {**named(t, noise, keep, NO), "images": torch.zeros(3, 1, 40, 40)}
+    value, parts = flextok.loss_tokenizer(model, x, draws, lambda seen: features * (seen is draws["images"]))
     values = model.fsq(model.encoder(x))[0]
     point = torch.stack([t[b] * noise[b] + (1 - t[b]) * x[b] for b in range(3)])
     v, patches = model.decoder(point, t, values, keep, NO)
@@ -761,7 +770,7 @@ def test_latents_are_drawn_from_their_posterior():
     g = np.random.default_rng(0)
     parts = {name: g.normal(size=(5, 3, 6, 6)).astype(np.float32) for name in ("images", "logvar", "mean_flip", "logvar_flip")}
     dataset = data.Data(labels=np.arange(5) % 2, latent=True, scale=0.7, **parts)
-    cfg = config(batch=4, flip=True)
+    cfg = config(batch=4, flip=True, repa=0.0)
     x, draws = flextok.draw(dataset, cfg, 3, torch.device("cpu"))
     draw = torch.Generator().manual_seed(common.make_generator(cfg.seed, 3, "tokenizer data").initial_seed())
     index, u, noise = torch.randint(5, (4,), generator=draw), torch.rand(4, 5, generator=draw), torch.randn(4, 3, 6, 6, generator=draw)
@@ -771,7 +780,48 @@ def test_latents_are_drawn_from_their_posterior():
         close(x[b], torch.from_numpy(0.7 * z), 1e-6)
     assert torch.equal(draws["time"], flextok.flow_time(u[:, 1], "mode")) and draws["noise"].shape == x.shape
     assert torch.equal(draws["num_tokens"], flextok.nested_lengths(u[:, 2], 8, "pow2"))
-    assert torch.equal(draws["null"], u[:, 3] < cfg.null)
+    assert torch.equal(draws["no_tokens"], u[:, 3] < cfg.null)
+
+
+def test_a_teacher_sees_the_images_and_not_their_latents():
+    """F23: of latents those of the file, mirrored where the latents are; pixels are seen as they are decoded."""
+    g = np.random.default_rng(0)
+    pictures = g.integers(0, 256, (5, 3, 16, 16), np.uint8)
+    means = g.normal(size=(2, 5, 4, 6, 6)).astype(np.float32)
+    draw = torch.Generator().manual_seed(common.make_generator(0, 3, "tokenizer data").initial_seed())
+    index, u = torch.randint(5, (8,), generator=draw), torch.rand(8, 5, generator=draw)
+    plain = torch.from_numpy(pictures[index.numpy()]) / 127.5 - 1
+    assert 0 < (u[:, 0] < 0.5).sum() < 8
+    for mean_flip in (means[1], None):                                  # None: there are no mirrored latents
+        dataset = data.Data(means[0], np.arange(5), latent=True, mean_flip=mean_flip, pictures=pictures)
+        x, draws = flextok.draw(dataset, config(channels=4, batch=8, flip=True), 3, torch.device("cpu"))
+        for b, i in enumerate(index):
+            flips = mean_flip is not None and u[b, 0] < 0.5
+            close(draws["images"][b], plain[b].flip(-1) if flips else plain[b], 1e-6)
+            close(x[b], torch.from_numpy(means[int(flips)][i]), 1e-6)
+    x, draws = flextok.draw(data.Data(pictures, np.arange(5)), config(batch=8), 3, torch.device("cpu"))
+    assert draws["images"] is x
+
+
+def test_ids_are_those_that_stage_ar_learns_from(monkeypatch):
+    """Where training tokenizes under autocast, so does --encode."""
+    cfg = config(levels="8,8,8,8,8,8")
+    model, dataset = awake(flextok.Tokenizer(cfg)).float(), data.Data(np.random.default_rng(0).integers(0, 256, (40, 3, 6, 6), np.uint8), np.zeros(40, int))
+    bf16 = lambda cfg: torch.autocast("cpu", torch.bfloat16)
+    with torch.no_grad():
+        exact, rounded = model.tokenize(dataset.pixels(range(40))), None
+        with bf16(cfg):
+            rounded = model.tokenize(dataset.pixels(range(40)))
+        assert not torch.equal(exact, rounded) and torch.equal(flextok.encode_images(model, cfg, dataset, 40), exact)
+        monkeypatch.setattr(common, "autocast", bf16)
+        assert torch.equal(flextok.encode_images(model, cfg, dataset, 40), rounded)
+
+
+def test_reported_training_of_the_gpts():
+    """1.2e-3 at 49M, which is depth 10, and 300 epochs of ImageNet in batches of 1024; rates fall with the width."""
+    for name in (name for name in flextok.PRESETS if name.startswith("ar-")):
+        cfg = dataclasses.replace(flextok.Config(), **flextok.PRESETS[name])
+        assert abs(cfg.lr_ar * cfg.gpt - 0.012) < 1e-9 and abs(cfg.steps * cfg.batch / 1_281_167 - 300) < 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -791,7 +841,8 @@ def run(*argv):
     """flextok.py with these arguments, in this process, on 200 training images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flextok.open_split, "__defaults__", (200,))
-        common.launch(flextok.main, common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, list(argv)))
+        cfg = common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, list(argv))
+        common.launch(flextok.main, cfg, flextok.check, flextok.prepare)
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -802,7 +853,7 @@ def run(*argv):
     (["--temperature", "0"], "--temperature 0.0"), (["--classes", "a"], "--classes a"), (["--encode", "x.npz"], "--sample"),
     (["--decode", "x.npz"], "--sample"), (["--repa", "1", "--repa_layer", "9"], "--repa_layer 9"),
     (["--repa", "1", "--teacher", "no.pt2"], "no.pt2"),
-    (["--nested", "what"], "invalid choice"), (["--channels", "1"], "images (3, 12, 12); --channels and --size ask for (1, 12, 12)"), (["--crop", "0.5"], "--crop 0.5"),
+    (["--nested", "what"], "invalid choice"), (["--channels", "1"], "images (3, 12, 12); --channels, --size: (1, 12, 12)"), (["--crop", "0.5"], "--crop 0.5"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"), (["--data", "latents:nowhere.npz"], "nowhere.npz"),
     (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
     (["--stage", "ar"], "runs/flextok/demo/tokenizer.pt is missing; `python flextok.py --preset demo --name demo --stage tokenizer` makes it"),
@@ -856,6 +907,9 @@ def test_what_the_data_lacks_is_said_before_training(trained, tmp_path, monkeypa
     images_file("two.npz")
     latents_file("clips.npz", latents=np.zeros((20, 4, 8, 8, 8), np.float16), logvar=np.zeros((20, 4, 8, 8, 8), np.float16),
                  latents_flip=np.zeros((20, 4, 8, 8, 8), np.float16), logvar_flip=np.zeros((20, 4, 8, 8, 8), np.float16))
+    latents_file("z.npz")
+    latents_file("both.npz", images=np.zeros((20, 16, 16, 3), np.uint8))
+    save_teacher("t.pt", Features(0, 4))
     np.save("states.npy", np.zeros((5, 3, 5), np.float16))
     np.save("words.npy", np.zeros((37, 3, 5), int))
     demo = str(trained / "demo/tokenizer.pt")
@@ -865,7 +919,10 @@ def test_what_the_data_lacks_is_said_before_training(trained, tmp_path, monkeypa
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "states.npy"], "holds 5 states; 37 are wanted"),
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "words.npy"], "must hold one array of floats (M, L, S)"),
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "two.npz"], "--text two.npz"),
-                        (["--data", "latents:clips.npz", "--channels", "4", "--repa", "0"], "images (4, 8, 8, 8); --channels and --size ask for (4, 8, 8)"),
+                        (["--data", "latents:clips.npz", "--channels", "4", "--repa", "0"], "latents (4, 8, 8, 8); --channels, --size: (4, 8, 8)"),
+                        (["--data", "latents:z.npz", "--channels", "16", "--repa", "0"], "latents (4, 8, 8); --channels, --size: (16, 8, 8) (the paper's VAE has 16 channels, Stable Diffusion's has 4)"),
+                        (["--data", "latents:z.npz", "--channels", "4", "--teacher", "t.pt"], "latents:z.npz: REPA's teacher sees images, not latents; add images"),
+                        (["--data", "latents:both.npz", "--channels", "4"], "give --teacher FILE, or --repa 0"),
                         (["--stage", "ar", "--tokenizer", demo, "--levels", "5,8"], "--levels 5,8: "),
                         (["--stage", "ar", "--tokenizer", demo, "--max_time", "1"], "--max_time 1.0: "),
                         (["--stage", "ar", "--tokenizer", "two.npz"], "not a checkpoint")):
@@ -1001,11 +1058,11 @@ def test_every_preset_runs_from_its_first_step_to_its_last_picture(preset, train
         images_file("small.npz")
         words += ["--data", "npz:small.npz"]
     elif asked.get("data"):
-        latents_file("small.npz")
+        latents_file("small.npz", images=np.random.default_rng(1).integers(0, 256, (20, 8, 8, 3), np.uint8))
         words += ["--data", "latents:small.npz"]
     words += ["--channels", "3" if asked.get("channels") else "4"]
     if asked.get("teacher"):
-        save_teacher("dinov2.pt2", Features(0, 4))
+        save_teacher("dinov2.pt2", Features(0))
     if asked.get("text"):
         np.save("t5-xl.npy", np.random.default_rng(0).normal(size=(21, 3, 5)).astype(np.float16))
     if asked.get("stage") == "ar":
@@ -1183,7 +1240,8 @@ def test_a_teacher_from_a_file_is_frozen(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for last in (torch.nn.Dropout(0.5), torch.nn.BatchNorm2d(5)):
         save_teacher("teacher.pt", Features(0, last=last).train())
-        features, S = flextok.open_teacher(config(size=8, repa=1.0, teacher="teacher.pt"))
+        cfg = config(size=8, repa=1.0, teacher="teacher.pt")
+        features, S = flextok.open_teacher(cfg, flextok.open_split(cfg, "train", 4))
         x = torch.randn(3, 3, 8, 8)
         assert S == 5 and torch.equal(features(x), features(x)) and torch.equal(features(x)[:1], features(x[:1]))
         save_teacher("teacher.pt2", Features(0, last=last).train())
@@ -1202,9 +1260,12 @@ def test_latents_train_and_sample(tmp_path, monkeypatch, capsys):
     latents_file("pack.npz")
     run(*TINY, "--data", "latents:pack.npz", "--channels", "4", "--repa", "0")
     run("--sample", "runs/flextok/demo/ar.pt", "--classes", "1", "--cfg_scale", "2")
-    with pytest.raises(SystemExit):
-        run(*TINY, "--data", "latents:pack.npz", "--channels", "4", "--name", "x")
-    assert "--repa 0" in capsys.readouterr().err
+    sides = []
+    monkeypatch.setattr(F, "interpolate", lambda x, *args, interpolate=F.interpolate, **more: sides.append(x.shape) or interpolate(x, *args, **more))
+    latents_file("pack.npz", images=np.zeros((20, 16, 16, 1), np.uint8))    # a network of 3 channels at 16 pixels, beside latents of 4 at 8
+    save_teacher("teacher.pt", Features(0))
+    run(*TINY, "--data", "latents:pack.npz", "--channels", "4", "--teacher", "teacher.pt", "--stage", "tokenizer", "--name", "seen")
+    assert set(sides) == {(4, 5, 4, 4)}
 
 
 def test_the_demo_that_misses_its_target_exits_with_1(tmp_path, monkeypatch):

@@ -458,7 +458,7 @@ def gpu(scale):
     for block in (*model.encoder.blocks, *model.decoder.blocks):
         block.compile()
     x, noise = torch.randn(2, 128, 16, 32, 32, device="cuda")
-    draws = {"time": torch.rand(128, device="cuda"), "noise": noise, "null": noise[:, 0, 0, 0] > 9,
+    draws = {"time": torch.rand(128, device="cuda"), "noise": noise, "no_tokens": noise[:, 0, 0, 0] > 9,
              "num_tokens": torch.full((128,), 256, device="cuda")}
 
     def step():
