@@ -920,7 +920,7 @@ def test_what_the_data_lacks_is_said_before_training(trained, tmp_path, monkeypa
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "words.npy"], "must hold one array of floats (M, L, S)"),
                         (["--data", "npz:two.npz", "--condition", "text", "--text", "two.npz"], "--text two.npz"),
                         (["--data", "latents:clips.npz", "--channels", "4", "--repa", "0"], "latents (4, 8, 8, 8); --channels, --size: (4, 8, 8)"),
-                        (["--data", "latents:z.npz", "--channels", "16", "--repa", "0"], "latents (4, 8, 8); --channels, --size: (16, 8, 8) (the paper's VAE has 16 channels, Stable Diffusion's has 4)"),
+                        (["--data", "latents:z.npz", "--channels", "16", "--repa", "0"], "latents (4, 8, 8); --channels, --size: (16, 8, 8) (the paper's VAE has 16 channels, Stable Diffusion's 4)"),
                         (["--data", "latents:z.npz", "--channels", "4", "--teacher", "t.pt"], "latents:z.npz: REPA's teacher sees images, not latents; add images"),
                         (["--data", "latents:both.npz", "--channels", "4"], "give --teacher FILE, or --repa 0"),
                         (["--stage", "ar", "--tokenizer", demo, "--levels", "5,8"], "--levels 5,8: "),
