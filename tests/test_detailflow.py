@@ -981,6 +981,7 @@ def plain_augment(x, u, cut, chance):
 
 @pytest.mark.parametrize("h, cut, chance", [(16, 0.2, 0.5), (12, 0.5, 1.0), (8, 0.2, 0.0), (4, 0.2, 1.0)])
 def test_D14_augmentation_by_hand(h, cut, chance):
+    """D14 by loops over images and pixels."""
     x, u = images(40, side=h), uniform(50, 10, seed=int(10 * chance + h))
     expected = torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, u)])
     close(detailflow.augment(x, u, cut, chance), expected, 1e-12)
