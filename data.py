@@ -10,8 +10,9 @@ Specs:    shapes                  procedural, at any size
           folder:PATH             pictures in CLASS/..., with or without train/ and test/ above (open_folder)
           latents:PATH            means and log-variances that an encoder left (open_latents)
           glue(), translation_pairs()   text: sentences with labels, sentences with their translations
-Splits:   train, test, judge: disjoint ranges of shapes. Files: their own, else every tenth image is test;
-          judge is train; latents are one whole in every split. All splits have the class list of train.
+Splits:   train, test, judge: disjoint ranges of shapes. judge trains the classifiers that judge samples
+          (common.judge). Files: their own, else every tenth image is test; judge is train; latents are one
+          whole in every split. All splits have the class list of train.
 Letters:  M images, F frames, C channels, H W height and width, h w a grid of latents, B a batch, K classes
 Errors:   whatever is wrong with a file, its content or a request is a DataError: one line, path and reason.
 Memory:   arrays of files are memory-mapped: they cost the memory of what a batch reads of them.
@@ -61,6 +62,7 @@ COLOURS = {
     "cyan": (60, 205, 225), "blue": (45, 95, 235), "purple": (150, 65, 200), "pink": (250, 130, 190),
 }
 GROUNDS = {"black": (16, 16, 20), "white": (245, 245, 240), "grey": (105, 105, 110), "brown": (88, 52, 30)}
+# Image i shows shape i % 10: with another number of shapes every image, label and caption changes.
 SHAPES = ["circle", "square", "triangle", "diamond", "plus", "cross", "star", "ring", "heart", "moon"]
 SIZES = ["tiny", "small", "medium", "large", "huge"]
 SIZE_LIMITS = (0.15, 0.20, 0.32, 0.38)                     # radii at which one size ends and the next begins
@@ -81,7 +83,7 @@ def mix(z):
 def uniform(index, field, seed=0):
     """float64 in [0, 1), a pure function of its arguments; arrays `index` and `field` broadcast.
 
-    Two hashes, of the seed and of the index, choose a stream; field f is its number f, with 24 bits.
+    The seed and the index, hashed, choose a stream of numbers; field f takes number f of it, of 24 bits.
     """
     a = mix(np.array([(seed * GOLDEN + 0x1234567) % 2**64], np.uint64))
     b = mix(np.asarray(index).astype(np.uint64) * np.uint64(GOLDEN) + a)
@@ -105,7 +107,8 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     require(1 <= lo <= hi <= 4, f"shapes: objects {lo},{hi}: give lo,hi with 1 <= lo <= hi <= 4")
     index = np.asarray(index, np.int64)[:, None]
     j = np.arange(4)
-    # Fields 0..3 of an index belong to the image, 8 + 10 j + 0..8 to its object j.
+
+    # Fields 0..3 of an index belong to the image, 8 + 10 j + 0..8 to its object j; those between are free.
     of_image = [uniform(index, field, seed) for field in range(4)]                      # each (M, 1)
     of_object = [uniform(index, 8 + 10 * j + field, seed) for field in range(9)]        # each (M, 4)
     u_count, u_ground, u_order, u_light = of_image
@@ -124,7 +127,7 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
         r = np.where(alone, 0.32 + 0.12 * u_radius, r)
 
     def centre(corner, u):
-        """A coordinate: anywhere for one object, else within the quadrant's half that `corner` names."""
+        """A coordinate: anywhere for one object; else corner 0: left or upper half, 1: the other."""
         return np.where(alone, r + (1 - 2 * r) * u, 0.25 + 0.5 * corner + (2 * u - 1) * (0.25 - r))
 
     quadrant = ORDERS[(u_order[:, 0] * 24).astype(int)]                                 # (M, 4)
@@ -153,12 +156,13 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
 
 # --- Shapes: the picture -------------------------------------------------------
 
-ROOT = 0.5**0.5
+HALF_ROOT = 0.5**0.5
 
 
 # Each of the next ten functions: the signed distance from points (x, y), y up, to the edge of a shape around
-# the origin, in units of its radius; negative inside. x and y are arrays that broadcast. It counts near the
-# edge alone: a pixel is covered by 1/2 - its distance in pixels, cut off at 0 and 1.
+# the origin, in units of its radius; negative inside. x and y are arrays that broadcast. Only near the edge
+# must it be exact: a pixel is covered by 1/2 - its distance in pixels, cut off at 0 and 1. Numbers: .8660 is
+# cos 30 degrees, .8090 and .5878 cos and sin 36, .527 is (1 + 1 / .62^2)^(-1/2); the rest is chosen by eye.
 def circle(x, y):
     """A disc of radius 0.9."""
     return np.sqrt(x * x + y * y) - 0.9
@@ -189,7 +193,7 @@ def plus(x, y):
 
 def cross(x, y):
     """A plus, turned by 45 degrees."""
-    return plus(ROOT * (x + y), ROOT * (y - x))
+    return plus(HALF_ROOT * (x + y), HALF_ROOT * (y - x))
 
 
 def star(x, y):
@@ -212,8 +216,8 @@ def ring(x, y):
 
 def heart(x, y):
     """A square on its corner and two discs on its upper sides."""
-    corner = (abs(x) + abs(y + 0.12) - 0.74) * ROOT
-    discs = np.sqrt((abs(x) - 0.37)**2 + (y - 0.25)**2) - 0.74 * ROOT
+    corner = (abs(x) + abs(y + 0.12) - 0.74) * HALF_ROOT
+    discs = np.sqrt((abs(x) - 0.37)**2 + (y - 0.25)**2) - 0.74 * HALF_ROOT
     return np.minimum(corner, discs)
 
 
@@ -256,6 +260,7 @@ def draw(scene, size, frame=0):
                 continue
             x, y, r_j, cos, sin = geometry[:, rows, j, None, None]                      # each (m, 1, 1)
             # from pixels into the object's own frame: about its centre, in its radius, y up, turned back
+            # (angles are counter-clockwise)
             right = (pixel - x) / r_j
             up = (y - pixel[:, None]) / r_j
             distance = DISTANCE[name](cos * right + sin * up, cos * up - sin * right)   # (m, H, W)
@@ -364,7 +369,7 @@ class Data:
     """Labelled images, clips or latents, in memory or memory-mapped. DataError when the parts do not fit.
 
     images (M, C, H, W) or (M, F, C, H, W): uint8; where `latent` the means, floats (M, C, h, w) or
-    (M, C, t, h, w). Without `classes` the labels found in training are the classes: 7, 107 and 207 are three.
+    (M, C, t, h, w). Without `classes` the labels found in training are numbered: 7, 107, 207 become 0, 1, 2.
     Beside the fields: by_class, a list of K arrays of positions; mean, the images where latent.
     """
 
@@ -394,8 +399,8 @@ class Data:
             labels = np.searchsorted(self.classes, labels)
         K = len(self.classes)
         require(labels.max() < K, f"{self.name}: label {labels.max()} but {K} class names")
-        told = self.captions is None or len(self.captions) == count
-        require(told, f"{self.name}: captions are not {count}")
+        fits = self.captions is None or len(self.captions) == count
+        require(fits, f"{self.name}: captions are not {count}")
         self.labels = labels.astype(np.int64)
         self.classes = [str(name) for name in self.classes]
         ends = np.bincount(labels, minlength=K).cumsum()
@@ -429,8 +434,8 @@ class Data:
     def latents(self, index, flip, noise):
         """Latents `index` (B,) as float32: scale * (mean + exp(clamp(logvar, -30, 20) / 2) * noise).
 
-        Those of the mirrored image where `flip` (bool, (B,)); without a mirrored copy `flip` idles. Without
-        logvar: scale * mean, and `noise` (of the latents' shape) idles.
+        Those of the mirrored image where `flip` (bool, (B,)); without a mirrored copy `flip` is ignored.
+        Without logvar: scale * mean, and `noise` (of the latents' shape) is ignored.
         """
         index = np.asarray(index)
         flip = np.asarray(flip, bool)
@@ -473,7 +478,7 @@ class Rows:
 
 
 def release(array):
-    """Unmap what was read of an array in a file: the system maps up to 1 MB around a number, and keeps it."""
+    """Give back memory: to read a number of an array in a file, the system maps up to 1 MB around it."""
     while hasattr(array, "base"):
         array = array.base
     if isinstance(array, mmap.mmap) and hasattr(array, "madvise"):
@@ -633,7 +638,7 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module, name):
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]
+            return np.empty(0).__reduce__()[0]      # it, wherever this version of numpy keeps it
         require(module == "numpy" and name in ("ndarray", "dtype"), f"unsafe pickle: {module}.{name}")
         return getattr(np, name)
 
@@ -675,13 +680,11 @@ def mapped(path):
                 continue
             # A local header of 30 bytes, of which the last four are the lengths of a name and an extra field.
             file.seek(info.header_offset + 26)
-            lengths = struct.unpack("<HH", file.read(4))
-            file.seek(sum(lengths), os.SEEK_CUR)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
             version, _ = np.lib.format.read_magic(file)
             shape, fortran, dtype = read_header[version](file)
             require(not dtype.hasobject, f"{path}: {name} holds Python objects (allow_pickle)")
-            order = "F" if fortran else "C"
-            found[name] = np.memmap(path, dtype, "r", file.tell(), shape, order)
+            found[name] = np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
     return found
 
 
@@ -728,8 +731,7 @@ def check_finite(array, path, name):
         if len(bad):
             order = "C" if array.flags.c_contiguous else "F"
             index = np.unravel_index(start + bad[0], array.shape, order)
-            text = ", ".join(str(i) for i in index)
-            raise DataError(f"{path}: {name}[{text}] is {values[bad[0]]}: numbers are wanted")
+            raise DataError(f"{path}: {name}{[*map(int, index)]} is {values[bad[0]]}: numbers are wanted")
 
 
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # of a test split, the best first
@@ -742,7 +744,8 @@ def open_pack(path, split, size, frames):
 
     train_images, test_images   uint8 (M, H, W) or (M, H, W, C), C = 1 or 3
     train_videos, test_videos   uint8 (M, F, H, W, C), in their place
-    train_scan, train_offset    JPEG files in their place: header (of all) + scan[offset[i]:offset[i + 1]]
+    train_scan, train_offset    JPEG files in their place, in a form of our own: header (of all) +
+                                scan[offset[i]:offset[i + 1]]
     train_labels, test_labels   (M,), integers; without any there is one class
     train_captions ...          (M,), strings; optional
     class_names                 (K,), strings; optional
@@ -758,7 +761,7 @@ def open_pack(path, split, size, frames):
     own = tests[0] if tests and split == "test" else train
     images = pack_images(pack, own, path, frames)
     labels = pack_labels(pack, own, len(images), path)
-    train_labels = pack_labels(pack, train, len(images), path)
+    train_labels = pack_labels(pack, train, len(images), path)      # the count matters where there are none
     texts = pack.get(own + "captions", ())
     fits = len(labels) == len(images) and len(texts) in (0, len(images))
     require(fits, f"{path}: {own}images {images.shape}: as many labels and captions are wanted")
@@ -968,7 +971,8 @@ def open_folder(path, split, size, frames):
 def packed(name, key, files, sources, size):
     """The pictures in `sources` as one memory-mapped array (M, 3, H, W), decoded once into the cache.
 
-    The `files` are those they come from. The way to RGB is part of the key: when it changes, so do packs.
+    The `files` are those they come from. The way to RGB is part of the key: when it changes, all are
+    decoded anew.
     """
 
     def write(out):
@@ -1035,6 +1039,7 @@ def eight_bits(values, sixteen, about):
     Full scale is 65535 for `sixteen` bits. Other files do not say theirs: it is the first of 1 (for floats
     alone), 255 and 65535 that no number exceeds.
     """
+    # the first of those that are not finite, if there is one
     for row, column in np.argwhere(~np.isfinite(values))[:1]:
         raise DataError(f"{about}: pixel [{row}, {column}] is {values[row, column]}: numbers are wanted")
     low = values.min()
@@ -1071,13 +1076,13 @@ def spaced(char, cased):
 class WordPiece:
     """BERT's tokenizer (Devlin et al. 2019). `ids`: a token's id, its line in vocab.txt.
 
-    `path` is vocab.txt, or tokenizer.json as newer files have it. Whether case and accents count says
-    do_lower_case in tokenizer_config.json beside that file, or the tokenizer.json itself, or else `cased`.
+    `path` is vocab.txt, or tokenizer.json as newer files have it. do_lower_case in tokenizer_config.json
+    beside that file says whether case and accents count; without it tokenizer.json, or else `cased`.
     """
 
     def __init__(self, path, cased=False):
         path = Path(path)
-        about = path.with_name("tokenizer_config.json")
+        config = path.with_name("tokenizer_config.json")
         lower = not cased
         with reading(path):
             text = path.read_text(encoding="utf-8")
@@ -1090,9 +1095,9 @@ class WordPiece:
                 lower = (stored.get("normalizer") or {}).get("lowercase", lower)
             else:
                 self.ids = {token: i for i, token in enumerate(text.split("\n")) if token}
-        if about.exists():
-            with reading(about):
-                lower = json.loads(about.read_text(encoding="utf-8")).get("do_lower_case", lower)
+        if config.exists():
+            with reading(config):
+                lower = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", lower)
         self.cased = not lower
         missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - self.ids.keys()
         require(not missing, f"{path}: no WordPiece vocabulary: lacks {', '.join(sorted(missing))}")
@@ -1195,7 +1200,7 @@ def glue(task, path, split="train"):
     they are left out, with a count. DataError names a broken line.
     """
     require(task in GLUE, f"glue:{task}: give one of {', '.join(GLUE)}")
-    columns, places, place, values, names = GLUE[task]
+    columns, text_columns, label_column, values, names = GLUE[task]
     if split == "train":
         file = Path(path) / task.removesuffix("-mm") / "train.tsv"
     else:
@@ -1207,17 +1212,17 @@ def glue(task, path, split="train"):
     for number, row in enumerate(rows[first:], first + 1):
         if not row:
             continue
-        parts = tuple(row[k] for k in places)
-        fits = row[place] in values and all(part.strip() for part in parts)
-        require(fits, f"{file}: line {number}: no text, or label {row[place]!r} not in {values}")
+        parts = tuple(row[k] for k in text_columns)
+        fits = row[label_column] in values and all(part.strip() for part in parts)
+        require(fits, f"{file}: line {number}: no text, or label {row[label_column]!r} not in {values}")
         texts.append(parts if len(parts) > 1 else parts[0])
-        labels.append(values.index(row[place]))
+        labels.append(values.index(row[label_column]))
     return texts, np.array(labels), names
 
 
 # --- Text: translation ---------------------------------------------------------
 
-# A row a language: how many numbers its pairs with larger languages train on; the digits; the tens, hundred,
+# A row a language: how many training pairs it has with each larger language; the digits; the tens, hundred,
 # thousand, * standing for the digit; what is irregular, as rewritings in order. They see the parts of a
 # number joined by +, with 0 for a zero inside: 1005 is "one thousand+0+0+five".
 NUMERALS = {
@@ -1326,11 +1331,11 @@ def number_rows(split, languages, limit, tests):
 def translation_pairs(split="train", path=None, languages=tuple(NUMERALS), limit=MOST, tests=100):
     """Pairs for one model that translates between all languages: number words, or the sentences of a file.
 
-    Numbers lie below `limit`. A tenth is test, the same in all directions, trained on in none, `tests` of it
-    in each; a direction trains on as many others as the smaller of its languages has. A file has rows from,
-    to, source, target, tabs between; every tenth is test; words its training rows lack are <unknown>. A token
-    is a word: a number has ten at most, where spelling would take 60 steps of decoding and a long training.
-    DataError where a split is empty, a line broken or the limit beyond what has words.
+    Numbers lie below `limit`. A tenth of them is for tests alone, the same in all directions; each direction
+    tests on `tests` of these. It trains on others: as many as the smaller of its two languages has pairs.
+    A file has rows from, to, source, target, tabs between. Every tenth is test; words that its training rows
+    lack are <unknown>. A token is a word: a number has ten at most, where spelling would take 60 steps of
+    decoding and a long training. DataError where a split is empty, a line broken or the limit too large.
     """
     name = f"numbers:{limit}"
     if path is None:

@@ -691,7 +691,7 @@ class Minibatch:
     times: dict = field(default_factory=dict)       # (kind, m, k): (start, end) in seconds
     errors: list = field(default_factory=list)      # what stages raised, the first one first
     loss: object = None                     # what the last stage found, without graphs
-    output: object = None
+    output: object = None                   # of the whole mini-batch
 
     @property
     def training(self):
