@@ -406,8 +406,7 @@ class Data:
         ends = np.bincount(labels, minlength=K).cumsum()
         self.by_class = np.split(labels.argsort(kind="stable"), ends[:-1])
         self.mean = self.images if self.latent else None
-        if not self.latent:
-            self.pictures = self.images
+        self.pictures = self.pictures if self.latent else self.images
 
     def __len__(self):
         return len(self.images)
@@ -843,12 +842,9 @@ def open_latents(path, split, size, frames):
     else:
         scale = torch.tensor(scale).float().view(-1, *[1] * (mean.ndim - 2))            # (C, 1, 1)
 
-    pictures = None
-    if "images" in pack:
-        pictures = pack_images(pack, "", path, 1)
-        M, _, height, width = pictures.shape
-        require(M == len(mean) and height == width, f"{path}: {M} images {(height, width)}: a square one for "
-                f"each of the {len(mean)} latents is wanted")
+    pictures = pack_images(pack, "", path, 1) if "images" in pack else None
+    fits = pictures is None or pictures[:, 0].shape == (len(mean), pictures.shape[3], pictures.shape[3])
+    require(fits, f"{path}: images: a square one for each of the {len(mean)} latents is wanted")
 
     def check(out):
         for name, part in parts.items():

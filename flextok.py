@@ -16,18 +16,15 @@ Run:      python flextok.py                          3 minutes: one-step error .
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --decode tokens.npz --keep 2
           python flextok.py --name words --condition text          and then draw what a sentence asks for:
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
-Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Written without the
-          paper's text: F1 to F33 number the equations in this file's order, "published" is the official code
-          and configuration, "reported" what others write of the paper, "paper unknown" a guess.
-Scaled:   the demo: sizes, levels, batch, rates, EMA, share without tokens, start of token vectors, times,
-          guidance; no flips, crops or REPA (PRESETS, under Training).
+Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. The paper's text was
+          not at hand: F1 to F33 number equations in this file's order, "published" is the official code and
+          configuration, "reported" what others write of the paper, "paper unknown" a guess.
+Scaled:   the demo (PRESETS): all sizes, rates, shares and guidance; no flips, crops or REPA.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
           DINOv2 and FLAN-T5-XL: --teacher loads a network, --text its states; small stand-ins train here.
-          REPA's teacher sees images: of latents those in their file, as `images`. Latents get no crops: the
-          file may hold ten crops of an image, as the paper's stage ar trains on.
-Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions,
-          D width, H heads, d = D/H, Q numbers a token, V ids, L words, S features, u uniform draws.
-          Time: 1 noise, 0 image.
+          REPA's teacher sees images: beside latents their file must hold them. Latents get no crops.
+Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions, D width,
+          H heads, d = D/H, Q numbers a token, V ids, L words, S features, u uniform. Time: 1 noise, 0 image.
 CUDA:     never run on CUDA.
 Read in this order: Encoder, FSQ, Decoder, loss_tokenizer, sample, GPT, generate, train_tokenizer. 20 minutes.
 """

@@ -616,8 +616,8 @@ def test_broken_latents(tmp_path):
             (dict(latents=z, labels=y[:5]), "6 latents, labels int64 (5,)"),
             (dict(latents=z, labels=y, logvar=z[:5]), "must have the shape of latents"),
             (dict(latents=z, labels=y, latents_flip=z[..., :2]), "must have the shape of latents"),
-            (dict(latents=z, labels=y, images=np.zeros((5, 8, 8, 3), np.uint8)), "5 images (8, 8): a square one for each of the 6 latents"),
-            (dict(latents=z, labels=y, images=np.zeros((6, 8, 9, 3), np.uint8)), "6 images (8, 9): a square one"),
+            (dict(latents=z, labels=y, images=np.zeros((5, 8, 8, 3), np.uint8)), "images: a square one for each of the 6 latents"),
+            (dict(latents=z, labels=y, images=np.zeros((6, 8, 9, 3), np.uint8)), "images: a square one"),
             (dict(latents=z, labels=y, images=np.zeros((6, 8, 8, 3))), "images float64 (6, 8, 8, 3): pictures in uint8")):
         np.savez(tmp_path / "z.npz", **arrays)
         assert "z.npz" in refused(line, data.open_data, f"latents:{tmp_path / 'z.npz'}")
