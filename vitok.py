@@ -19,12 +19,12 @@ Run:      python vitok.py                                   demo: shapes, three 
           python vitok.py --sample runs/vitok/demo/decoder.pt --export latents.npz     (or --decode)
 Faithful: both models, widths, losses, stages, optimizers, sampler; latent and masked variants (App. A.3).
           Where the authors' code of January 2025 departs from the paper, the paper is followed.
-Scaled:   the demo's models and steps; its perceptual features are those of a small classifier, not VGG16's.
-Left out: FID, FVD (they need other networks); random crops (only in the official code); SSIM, baselines and
-          the paper's figures are in tests/claims.
+Scaled:   all that presets demo and small set; --vgg is a small classifier by default, not VGG16.
+Left out: FID, FVD; random crops (only in the official code). In tests/claims: SSIM, baselines, figures.
 Letters:  B clips, T H W frames and pixels, q p tubelet, t h w token grid, N = t h w tokens, l latent tokens,
-          M tokens of the code (N or l), c its channels, D width, H heads (in attention), d = D/H. An image is
-          a clip of one frame. Diffusion time: 0 is clean, 999 is noise. V1, V2 ...: equations, see there.
+          M tokens of the code (N or l), c its channels, D width, H heads (in attention), d = D/H, b = B T,
+          e width of an output, K channels of a map. An image is a clip of one frame. Time 0 is clean, 999 is
+          noise. V1 to V28 are our numbers.
 CUDA:     never run on CUDA.
 Read in this order: Encoder, Decoder, loss_ae, loss_decoder, loss_dit, sample, train_decoder, run_sweep.
 """
@@ -67,9 +67,9 @@ class Config:
     latents: int = 0                    # >= 0: latent variant, the code is l extra tokens (App. A.3); 0: none
     masked: bool = False                # masked variant: codes cut at random lengths (App. A.3)
     recompute: bool = False             # recompute blocks in backward: less memory, more time
-    kl: float = 1e-3                    # >= 0: weight beta of the KL term
+    kl: float = 1e-3                    # >= 0: weight beta of the KL term (official video: 3e-4 4096 / E)
     perceptual: float = 1.0             # >= 0: weight eta of the perceptual term (official video: 0.1)
-    vgg: str = ""                       # file of VGG16 and LPIPS weights; default: the teacher
+    vgg: str = ""                       # file of VGG16 and LPIPS weights; default: a classifier trained here
     gan: float = 0.05                   # >= 0: weight lambda of the GAN (Sec. 2.3: 1.0; App. A.2: .05 best)
     disc: int = 512                     # >= 1: discriminator channels up to 32 px, halved for each doubling
     dit: str = "L"                      # generator: B, L, XL or WIDTHxDEPTHxHEADS
@@ -91,8 +91,8 @@ class Config:
     classes: str = "all"                # labels to sample, as 3,5; all is every class in turn
     count: int = 1000                   # >= 1: clips for the metrics, or sampled by --sample
     plan: bool = False                  # print what the model costs, and stop
-    sweep: str = ""                     # the study: stage ae at every MODEL:c,c,...; /P has --model's sizes
-    export: str = ""                    # with --sample: latents to FILE.npz; a generator's samples, or FOLDER
+    sweep: str = ""                     # the study: stage ae at every MODEL:c,c,...; /P: --model's trunks
+    export: str = ""                    # with --sample: latents to FILE.npz, or samples to FILE.npz or FOLDER
     decode: str = ""                    # with --sample: decode the latents of FILE.npz into pictures
     seed: int = 0                       # every random number is a function of (seed, step)
     gpus: int = 1                       # >= 1: processes, one a GPU; without GPUs they share the CPU
@@ -117,9 +117,9 @@ DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 #
 # V1   X_e[n] = W_e tubelet_n + b_e         Conv3d of kernel = stride = (q, p, p), N = t h w tokens, Sec. 2.2
 # V4   E = M c                              floats of the code, Eq. (2); pixels a float: 3 T H W / E, Sec. 3.1
-# V5   tubelet_n = W_d x_n + colour         ConvTranspose3d of kernel = stride = (q, p, p), Sec. 2.2
+# V5   tubelet_n = W_d x_n + colour         x = LN(trunk(W_u z)); ConvTranspose3d as V1, colour its bias
 # V6   x <- x + attention(LN x);  x <- x + mlp(LN x)
-# V7   mlp(x) = W_3 (silu(W_1 x) * W_2 x)   SwiGLU, hidden width int(2.67 D)
+# V7   mlp(x) = down(silu(gate x) * up x)   SwiGLU, hidden width int(2.67 D)
 # V8   angle = position 10000^(-i/n)        RoPE: pair i of the n pairs that an axis (x, y or t) has in a head
 # V17  x <- x + gate attention((1 + scale) LN x + shift), likewise mlp;  shift, scale, gate = W condition
 
@@ -206,8 +206,8 @@ def token_positions(grid, rope, latents=0):
 def rope_angles(positions, d):
     """V8's angles (N, d/2) of tokens at positions (N, axes): each axis turns pairs of channels of its own.
 
-    The paper says only "3D axial". Our choice where 6 does not divide d, as in S and B: parts as equal as can
-    be. In an image, t is 0 and its part never turns.
+    The paper says only "3D axial". Our choice where 6 does not divide d, as in S and B (64): parts as equal
+    as can be. In an image, t is 0 and its part never turns.
     """
     axes = positions.shape[1]
     angles = []
@@ -262,8 +262,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm block of attention and gated MLP, V6 and V7. Three matrices of hidden width int(2.67 D) cost
-    as much as the usual two of 4 D. Official code differs: GELU for the gate."""
+    """Pre-norm block of residual attention and gated MLP, V6 and V7. Three matrices of hidden width
+    int(2.67 D) cost as much as the usual two of 4 D. Official code differs: GELU for the gate."""
 
     def __init__(self, D, H, act):
         super().__init__()
@@ -302,7 +302,10 @@ class ModulatedBlock(Block):
 
 
 class Trunk(nn.Module):
-    """A stack of blocks and a last LayerNorm; it keeps the angles of its tokens' positions (N, axes)."""
+    """A stack of blocks and a last LayerNorm; it keeps the angles of its tokens' positions (N, axes).
+
+    size: width, depth, heads; block: the class of the blocks.
+    """
 
     def __init__(self, size, positions, cfg, block=Block):
         super().__init__()
@@ -357,13 +360,13 @@ class Encoder(nn.Module):
         x = self.to_code(x[:, :self.sizes.M])                                                      # (B, M, e)
         code = x.to(self.to_code.weight.dtype)              # float32 again, behind autocast       # (B, M, e)
         if not self.variational:
-            return code, None                                                           # (B, M, e), (B, M, e)
+            return code, None                                                           # (B, M, c), (B, M, c)
         mean, logvar = code.chunk(2, 2)                                                 # (B, M, c), (B, M, c)
         return mean, logvar.clamp(-30, 20)                                              # (B, M, c), (B, M, c)
 
 
 class Decoder(nn.Module):
-    """Codes -> clips, V5, without tanh or clamp. Larger than the encoder: size pays only here (Figs. 6 to 8).
+    """Codes -> clips, V5, without tanh or clamp. Larger than the encoder: size pays only here (Figs. 6 to 9).
 
     Latent variant, V9: N frozen tokens go behind the code, and only their outputs are kept.
     """
@@ -399,7 +402,7 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
         self.apply(initialise)
-        # Official code: V1's bias and all of V5 keep the default of PyTorch's convolutions.
+        # Official code: V1's bias and all of V5, convolutions there, keep PyTorch's default.
         bound = self.encoder.embed.in_features ** -0.5
         for tensor in (self.encoder.embed.bias, self.decoder.to_pixels.weight, self.decoder.colour):
             nn.init.uniform_(tensor, -bound, bound)
@@ -476,7 +479,8 @@ class Discriminator(nn.Module):
 class DiT(nn.Module):
     """Class-conditional diffusion transformer on codes, not patchified (Sec. 2.3).
 
-    Positions: a learned table, and 1-D rotary angles, for clips too. Its norms, unlike DiT's, have weights.
+    Positions: a learned table, and 1-D rotary angles, for clips too. Official code: its norms, unlike DiT's,
+    have weights, and the last one follows upon the trunk's.
     """
 
     def __init__(self, cfg, classes):
@@ -512,14 +516,16 @@ class DiT(nn.Module):
 # --- Objective ---------------------------------------------------------------
 #
 # V11  L = L_rec + beta L_kl + eta L_lpips + lambda L_gan          Eq. (1); L_rec is the mean squared error
+#      lambda is 0 in stage 1; in stage 2 L_kl is a constant
 # V12  L_kl = 1/2 mean(mean^2 + exp(logvar) - 1 - logvar)          over tokens and channels (official code)
 # V13  L_lpips = sum over taps of mean over space of w . (unit(f) - unit(g))^2
 # V14  L_gan = -mean D(reconstruction)
 # V15  L_disc = 1/2 mean relu(1 - D(clip)) + 1/2 mean relu(1 + D(reconstruction))      hinge loss
 # V18  z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps                 abar_t = product of (1 - beta_s), s <= t
-# V19  L_dit = mean (eps - eps')^2 + L_vb                          eps' predicted; a constant inside L_vb
+# V19  L_dit = mean (eps - eps')^2 + L_vb                          eps' predicted; detached inside L_vb
 # V20  logvar_t = f log beta_t + (1 - f) log betatilde_t           f = (v + 1)/2, v predicted
 # V21  L_vb = KL(q(z_(t-1) | z_t, z) || p(z_(t-1) | z_t)) / log 2  bits per dimension, for t > 0
+#      mean of q = weight_t z + rest_t z_t, of p the same with z' (V24) for z;  variances betatilde_t and V20
 # V22  L_vb = -log2 (cdf(z + 1/255) - cdf(z - 1/255))              for t = 0, cdf of p(z_(t-1) | z_t)
 
 
@@ -543,6 +549,7 @@ class VGG16:
     def __init__(self, path, device):
         tensors = [tensor.float().to(device) for tensor in common.read_weights(path).values()]
         layers = [t for t in tensors if t.ndim == 1 or t.shape[2:] == (3, 3)]
+        # Those with 3 channels are constants of LPIPS's scaling.
         heads = [t.flatten() for t in tensors if t.shape[2:] == (1, 1) and t.shape[1] > 3]
         widths = [64] * 4 + [128] * 4 + [256] * 6 + [512] * 12 + [64, 128, 256, 512, 512]
         fits = [len(t) for t in layers + heads[:5]] == widths
@@ -664,7 +671,7 @@ def variational_bound(z, noisy, noise, v, time):
     logvar = low + (v + 1) / 2 * (high - low)                                                      # (B, M, c)
     clean = noisy - at((1 - alphas_cumprod).sqrt(), time, z) * noise                               # (B, M, c)
     clean = clean / at(alphas_cumprod.sqrt(), time, z)                                             # (B, M, c)
-    # The mean of z_(t-1) is linear in z and z_t. What z_t adds to the true and the predicted one cancels.
+    # gap: the mean of q less that of p. Their parts rest_t z_t cancel; at t = 0 the mean of q is z.
     weight = betas * alphas_cumprod_prev.sqrt() / (1 - alphas_cumprod)                                # (1000)
     gap = at(weight, time, z) * (z - clean)                                                        # (B, M, c)
     kl = 0.5 * (logvar - low - 1 + (low - logvar).exp() + gap.square() * (-logvar).exp())          # (B, M, c)
@@ -675,7 +682,7 @@ def variational_bound(z, noisy, noise, v, time):
 
 def first_step_nats(z, gap, logvar):
     """V22 in nats (B, M, c): the likelihood of 8-bit pixels in bins of 2/255, open at the ends, which the
-    official code keeps for codes. gap: z less its predicted mean."""
+    official code keeps for codes. gap: z less the mean of p."""
     precision = (-0.5 * logvar).exp()                                                              # (B, M, c)
     above = normal_cdf((gap + 1 / 255) * precision)                                                # (B, M, c)
     below = normal_cdf((gap - 1 / 255) * precision)                                                # (B, M, c)
@@ -716,7 +723,8 @@ def loss_dit(model, batch, draws):
 def guided(model, x, time, y, cfg_scale):
     """Classifier-free guidance, V23, of all channels, those of the variance too; exact at 1 and 0.
 
-    Rank no tokenizers by samples at a high scale: at 3 the worst of Fig. 5 has the best gFID.
+    Rank no tokenizers by samples at a high scale: that with the best gFID of Fig. 5 at 3 (p = 8, c = 32) is
+    one of the three worst at 1.5.
     """
     if cfg_scale == 1:
         return model(x, time, y)                                                                   # (B, M, e)
@@ -750,20 +758,20 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, eta=0.0):
 
 # --- Training ----------------------------------------------------------------
 #
-# V16  lambda(s) = lambda clip((s - s0) / s1, 0, 1)       s0 = 5 %, s1 = 50 % of the steps (official code)
-# V26  lr(s) = peak (low + (1 - low) rise)                rise: linear in the warm-up, then half a cosine
+# V16  lambda(step) = lambda clip((step - a) / b, 0, 1)   a, b: 5 %, 50 % of the steps (official: of 100k)
+# V26  lr(step) = peak (low + (1 - low) rise)             rise: linear in the warm-up, then half a cosine
 
 # Learning rates are for 256 images a step: at TOY's batch of 32, 1.2e-2 means 1.5e-3.
 TOY = dict(size=32, flip=False, model="72x1x6-72x2x6/8", batch=32, lr=1.2e-2, disc=32, lr_disc=2e-3, ema=0.99,
            dit="64x4x4", batch_dit=64, lr_dit=1e-2, steps_decoder=60, num_steps=30, cfg_scale=2.0, count=500)
-PAPER = dict(bf16=True, batch_decoder=256, batch_dit=256, steps_dit=500_000)
+PAPER = dict(bf16=True, batch_decoder=256, batch_dit=256, steps_dit=500_000)    # Tab. 6: dit XL, 4M steps
 VIDEO = dict(PAPER, frames=16, size=128, batch=256, batch_decoder=128)           # Tab. 5, UCF-101
 PRESETS = {
     "demo": dict(TOY, channels=8, steps=600, steps_dit=1800),
     "sweep": dict(TOY, sweep="/8:1,2,4,8,16,32 /4:2,4,8,16", objects=4, perceptual=0.0, steps=1500),
     "clips": dict(TOY, model="72x1x6-72x2x6/2x8", frames=8, perceptual=0.0, steps=900, batch=16, lr=3e-3),
     "small": dict(data="cifar10", size=32, model="384x6x6-384x12x6/4", channels=8, dit="384x12x6", batch=256,
-                  lr=4e-4, lr_dit=3e-4, ema=0.999, steps=20_000, steps_dit=60_000),     # one GPU; not yet run
+                  lr=4e-4, lr_dit=3e-4, ema=0.999, steps=20_000, steps_dit=60_000),  # our choice, not yet run
     **{f"{pair}/16": dict(PAPER, model=f"{pair}/16")                    # Fig. 6: encoder and decoder apart
        for pair in ("S-S", "B-S", "S-B", "B-B", "S-L", "B-L", "L-L")},
     **{f"S-B/{tubelet}": dict(VIDEO, model=f"S-B/{tubelet}") for tubelet in ("4x8", "8x8", "4x16")},
@@ -785,7 +793,8 @@ def clips(dataset, index):
 def draw(dataset, cfg, step, device, stage="ae"):
     """A step's clips (B, 3, T, H, W) and labels (B,), and the draws of all losses by name.
 
-    Drawn for the global batch B, cut to this rank's share; each stage has streams of its own.
+    Drawn for the global batch B, cut to this rank's share. Every stage makes all draws, also those that it
+    does not use, from streams of its own.
     """
     B = stage_batch(cfg, stage)
     M = sizes(cfg).M
@@ -812,7 +821,11 @@ def ramp(step, start, length):
 
 
 def learning_rate(cfg, step, stage="ae"):
-    """V26 (Sec. 2.3). Official code: the warm-ups, and the lows, 1e-5 of 4e-4 and, in stage dit, 3e-5."""
+    """V26 (Sec. 2.3); of a clip, each frame counts as an image, but not in stage dit (official code).
+
+    Official code differs: after the same warm-ups, lows of 1e-5, in stage dit 3e-5, whatever the batch. Here
+    they keep the share of the peak that they have at batch 1024; so at batch 256 they are a quarter of those.
+    """
     if stage == "dit":
         peak, frames, low, warmup = cfg.lr_dit, 1, 0.075, 0.1
     else:
@@ -826,7 +839,7 @@ def learning_rate(cfg, step, stage="ae"):
 
 
 def optimizer(model, cfg):
-    """AdamW of all stages (Sec. 2.3). The learning rate is set before every step.
+    """AdamW of all stages (Sec. 2.3): biases and norms decay, too. The rate is set before every step.
 
     No clipping: the official code clips before backward, to no effect.
     """
@@ -839,11 +852,11 @@ def load(cfg, path):
     device = common.device_of(cfg)
     saved = common.read_checkpoint(path, "vitok", device)
     tokenizer = Autoencoder(cfg).to(device).requires_grad_(False)
-    if "disc" in saved["state"]:
+    if "disc" in saved["state"]:                                # written by stage decoder
         common.load_into({"encoder": tokenizer.encoder, "ema": tokenizer.decoder}, saved, path)
     else:
         common.load_into({"tokenizer": tokenizer}, saved, path)
-    if "model" not in saved["state"]:
+    if "model" not in saved["state"]:                           # not by stage dit
         return tokenizer, None, saved["classes"]
     classes = len(saved["state"]["ema"]["label.weight"]) - 1
     generator = DiT(cfg, classes).to(device).requires_grad_(False)
@@ -884,7 +897,7 @@ def train_decoder(cfg):
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
     features = perceptual_features(cfg, device)
-    earlier = common.require_stage(cfg, "ae")                   # before Run, which may rename the folder
+    earlier = common.require_stage(cfg, "ae")                   # before Run, which puts aside an old one
     run = common.Run(cfg, "decoder", classes=dataset.classes)
     run.seed_weights()
     model, _, _ = load(cfg, earlier)
@@ -900,7 +913,7 @@ def train_decoder(cfg):
     for step in run.steps(start):
         batch, draws = draw(dataset, cfg, step, device, "decoder")
         common.set_learning_rate(opt, learning_rate(cfg, step, "decoder"))
-        # Sec. 2.3: the discriminator's rate rises during 25k of 100k steps and then stays.
+        # Sec. 2.3: the discriminator's rate rises during 25k of 100k steps, from the first on.
         common.set_learning_rate(opt_disc, peak_disc * ramp(step + 1, 0, run.total / 4))
         weight = cfg.gan * ramp(step, run.total / 20, run.total / 2)
         with common.autocast(cfg):
@@ -1019,7 +1032,7 @@ def open_split(cfg, split, count=20_000):
 
 
 def judge(cfg, role):
-    """common.py's teacher or ruler; for a run of a few steps, which is only a trial, an untrained one."""
+    """A small classifier: as teacher it gives features, as ruler it measures; untrained in a short trial."""
     if cfg.steps >= 100:
         return common.judge(open_split(cfg, "judge", 10_000), role)
     torch.manual_seed(0)
@@ -1044,7 +1057,9 @@ def prepare(cfg):
 # --- Command line ------------------------------------------------------------
 #
 # V27  MACs of a side = depth (S (4 D^2 + 3 D m) + 2 S^2 D) + 3 q p p N D + code D
-#      S tokens in its trunk, m = int(2.67 D), code: the encoder's 2 M c outputs, the decoder's M c inputs
+#      S tokens in its trunk
+#      m = int(2.67 D)
+#      code = 2 M c in the encoder (means and variances), M c in the decoder
 # V28  PSNR = 10 log10(4 / mean (x - x')^2)       x' the reconstruction; values lie in [-1, 1]
 
 
@@ -1072,7 +1087,7 @@ def draw_samples(cfg, tokenizer, generator, labels):
 
 
 def sample_labels(cfg, K, most):
-    """Labels (classes, each) of --count samples of --classes, out of K; of each class at most `most`."""
+    """Labels (classes, per class) of --count samples of --classes, out of K; at most `most` of a class."""
     chosen = torch.tensor(common.parse_classes(cfg.classes, K))
     return chosen[:, None].repeat(1, max(1, min(most, cfg.count // len(chosen))))
 
@@ -1093,7 +1108,7 @@ def show_reconstructions(cfg, tokenizer, where):
 
 
 def show_samples(cfg, tokenizer, generator, names, where, most):
-    """samples.png: a row for each of ten classes. Returns samples (classes, each, 3, T, H, W) and labels."""
+    """samples.png: a row for each of ten classes. Returns samples (classes, each, 3, T, H, W), labels."""
     labels = sample_labels(cfg, generator.classes, most)
     x = torch.cat(list(draw_samples(cfg, tokenizer, generator, labels.flatten()))).unflatten(0, labels.shape)
     film(where / "samples.png", x[:10, :8].flatten(0, 1), [names[k] for k in labels[:10, 0]])
@@ -1131,19 +1146,19 @@ def export_latents(cfg, tokenizer):
     """--export of an auto-encoder: mean and logvar of the training split for `latents:FILE`, with --flip of
     its mirror images, too.
 
-    The scale brings what a reader samples, mean plus noise, to deviation 1; stage dit wants none.
-    Arrays wait on disk until they are one file: memory does not grow with the data set.
+    scale: 1 / s.d. of mean plus noise, for others who train on the file; stage dit wants none.
+    Arrays grow on disk, in a folder, until they are one file: memory does not grow with the data set.
     """
     dataset = open_split(cfg, "train")
     grid = (1, 1, cfg.latents) if cfg.latents else sizes(cfg).grid
     if cfg.frames == 1:
-        grid = grid[1:]
+        grid = grid[1:]                                         # images: (h, w); clips: (t, h, w)
     shape = (len(dataset), cfg.channels, *grid)
     parts = ("latents", "logvar") if cfg.variational else ("latents",)
     arrays = {}
     total = square = 0.0
     Path(cfg.export).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(cfg.export).parent) as waiting:
+    with tempfile.TemporaryDirectory(dir=Path(cfg.export).parent) as folder:
         for rows in torch.arange(len(dataset)).split(64):
             x = clips(dataset, rows).to(common.device_of(cfg))
             codes = dict(zip(parts, tokenizer.encoder(x)))
@@ -1155,17 +1170,17 @@ def export_latents(cfg, tokenizer):
                 codes |= zip((f"{part}_flip" for part in parts), tokenizer.encoder(x.flip(-1)))
             for name, code in codes.items():
                 if name not in arrays:
-                    path = f"{waiting}/{name}.npy"
+                    path = f"{folder}/{name}.npy"
                     arrays[name] = np.lib.format.open_memmap(path, "w+", np.float16, shape)
                 arrays[name][rows] = code.transpose(1, 2).unflatten(2, grid).half().cpu()
         count = math.prod(shape)
         scale = (square / count - (total / count)**2) ** -0.5
         for name, array in dict(labels=dataset.labels, class_names=dataset.classes, scale=scale).items():
-            np.save(f"{waiting}/{name}.npy", array)
+            np.save(f"{folder}/{name}.npy", array)
 
         def write(file):
             with zipfile.ZipFile(file, "w") as archive:
-                for path in Path(waiting).iterdir():
+                for path in Path(folder).iterdir():
                     archive.write(path, path.name)
 
         common.write_atomic(cfg.export, write)
@@ -1226,8 +1241,8 @@ def least_squares(x, y, degree=1):
 def run_sweep(cfg):
     """The study: stage ae at every point, then PSNR, which is a logarithm, against log2 E and log2 MACs.
 
-    Figs. 2, 3: E decides (R^2 .92, 2.3 dB a doubling), whatever p, c and the cost; so compare tokenizers at
-    equal E. Leaves sweep.png: originals, and their reconstructions for rising E, each E with its patch.
+    Figs. 2, 5: E decides (R^2 .92; 2.3 dB a doubling, by our fit), whatever p, c and the cost; so compare
+    tokenizers at equal E. Leaves sweep.png: originals, then their reconstructions, E rising, each with its p.
     """
     if common.rank() == 0:
         common.write_json(common.folder(cfg) / "config.json", asdict(cfg) | {"resume": False})  # for --resume
