@@ -113,7 +113,6 @@ def scenes(index, objects=(1, 1), mixed=False, frames=1, seed=0):
     of_object = [uniform(index, 8 + 10 * j + field, seed) for field in range(9)]        # each (M, 4)
     u_count, u_ground, u_order, u_light = of_image
     u_shape, u_colour, u_radius, u_x, u_y, u_angle, u_shade, u_speed, u_heading = of_object
-
     label = index % 10                                                                  # (M, 1)
     count = lo + (u_count * (hi - lo + 1)).astype(int)
     alone = count == 1

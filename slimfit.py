@@ -4,15 +4,15 @@ Fine-tuning memory is mostly what the forward pass saves for the backward pass. 
 input (dx = g W), so all but k weight tensors are frozen, anew at every step: those train that moved most when
 they last trained. What the gradient needs anyway is stored in 8 or 4 bits or pruned; forward stays exact.
 
-    k slots, lit by turns   [ ] [#] [ ] [ ] [#] [ ] [ ] [ ] [#] [ ]     fp32 inputs of the tensors that train
-    over a fixed floor      [ q k v: int8 | softmax: uint8 | GELU input: 4 bits | LayerNorm input: a tenth ]
+    slots, k of them lit    [ ] [#] [ ] [ ] [#] [ ] [ ] [ ] [#] [ ]     slot: a tensor's input; lit: it trains
+    over a static floor     [ q k v: int8 | softmax: uint8 | GELU input: 4 bits | a tenth of LayerNorm's y ]
 
-Run:      python slimfit.py     demo: rate 0.75, accuracy .905 +- .017, 5.4 MB; in full .96, 13.1 MB; 160 s
+Run:      python slimfit.py     demo: rate 0.75: accuracy .905 +- .017, 5.4 MB saved; in full .96, 13.1; 160 s
           python slimfit.py --preset imagenet --plan        memory of any model and batch, without running
           python slimfit.py --preset mrpc --weights bert-base-cased --data glue:MRPC:glue
           python slimfit.py --sample runs/slimfit/demo/rate-0.75.pt       evaluate a checkpoint
-Faithful: operators, formats, scheduling, AdamW, runs as in the authors' code; departures are marked. (Of the
-          paper we read the abstract alone.) Scaled: the demo. Left out: readers of SQuAD, STS-B; RandAugment.
+Faithful: operators, formats, scheduling, AdamW, runs as in the authors' code; departures are marked. (We read
+          its abstract alone; S1 to S14 are ours.) Scaled: the demo. Left out: SQuAD, STS-B; RandAugment.
 Letters:  B batch, T tokens, d width, H heads, e = d/H, K outputs, N = B T d, S = B H T^2, g arriving gradient
 CUDA:     never run on CUDA. Read in this order: Dense8 to SoftmaxValue, Block, Scheduler, activation_rows.
 """
@@ -42,7 +42,7 @@ class Config:
     data: str = "shapes"                             # shapes cifar10 npz:PATH folder:PATH glue:TASK:PATH
     weights: str = ""                                # pre-trained: folder or file; vocabulary beside it
     family: Literal["vit", "bert"] = "bert"          # pre-norm on pixels, or post-norm on words
-    target: Literal["class", "score", "span"] = "class"    # predicted; score (STS-B), span (SQuAD): --plan
+    target: Literal["class", "score", "span"] = "class"    # score (STS-B), span (SQuAD): --plan alone
     classes: int = 2                                 # >= 1: outputs K of the head
     depth: int = 12                                  # >= 1: blocks
     width: int = 768                                 # >= 1: width d
@@ -50,7 +50,7 @@ class Config:
     eps: float = 1e-12                               # > 0: epsilon of every LayerNorm
     image: int = 224                                 # >= 1: side of the pictures; others are resized
     patch: int = 16                                  # >= 1: side of a patch
-    pixels: Literal["half", "imagenet"] = "half"     # mean and deviation: 0.5 and 0.5, or ImageNet's
+    pixels: Literal["half", "imagenet"] = "half"     # mean, deviation: .5, .5 (CIFAR: a guess), or ImageNet's
     scaled: bool = False                             # LayerScale gains behind both branches (DINOv2)
     words: int = 28996                               # >= 1: vocabulary size
     cased: bool = False                              # case counts; the tokenizer's own files overrule
@@ -62,7 +62,7 @@ class Config:
     probabilities: bool = True                       # store the softmax output P in uint8
     gelu: bool = True                                # store the GELU input in 4 bits
     mlp: bool = True                                 # store the input of the second MLP matrix in int8
-    keep: float = 0.1                                # in (0, 1]: stored share of a frozen LayerNorm's input
+    keep: float = 0.1                                # in (0, 1]: stored share of a frozen LayerNorm's y, S4
     policy: Literal["ils", "random", "last", "progressive", "none"] = "ils"    # who trains, see choose
     rate: float = 0.9                                # in [0, 1): share of the eligible tensors frozen
     freeze_head: bool = False                        # the head may be frozen, too (as in ten scripts)
@@ -91,7 +91,7 @@ class Config:
     sampling: ClassVar = ("data", "weights", "batch")    # what --sample may change
 
 BERT = dict(dropout=0.1, attention_dropout=0.1, decay=0.01, freeze_head=True, cased=True, seed=43)
-VIT = dict(family="vit", schedule="vit", freeze_head=True, seed=43)    # as the twelve published runs
+VIT = dict(family="vit", schedule="vit", freeze_head=True, seed=43)    # both: as the twelve published runs
 PRESETS = {
     "demo": dict(family="vit", classes=10, image=16, patch=4, width=64, depth=4, heads=4, pretrain=800,
                  compare="0.5,0.75,0.9", steps=1200, lr=4e-3, full_lr=3e-3, schedule="vit", log=200),
@@ -216,8 +216,8 @@ class Norm(torch.autograd.Function):
     S4  y = (x - mean(x)) / sigma,  h = g gain;  dx = (h - mean(h) - y mean(h y)) / sigma
         dbias = sum of g;  dgain = sum of g y  only where the gain trains;  means over a token
 
-    With y pruned, the term y mean(h y) is approximate: about 1 / sqrt(d) of dx, 3 % at d = 768. Gains stay
-    near 1 and move little, relatively: after the first sweep hardly one trains again.
+    With y pruned, the term y mean(h y) is approximate: the error is about 1 / sqrt(d) of dx, 3 % at d = 768.
+    Gains stay near 1 and move little, relatively: under ils hardly one trains again after the first sweep.
     """
 
     @staticmethod
@@ -236,12 +236,13 @@ class Norm(torch.autograd.Function):
     def backward(ctx, g):
         if ctx.gain_trains:
             gain, x = ctx.saved_tensors
-            # official code differs: epsilon 1e-12 here, whatever the forward pass had
+            # official code differs: it has epsilon 1e-12 here, whatever the forward pass had
             y, _, r = torch.native_layer_norm(x, gain.shape, None, None, ctx.eps)
         else:
             gain, r, value, index = ctx.saved_tensors
             y = g.new_zeros(g.numel()).index_add_(0, index, value).view_as(g)
-        # torch's kernel, given y with mean 0 and sigma 1, computes sigma dx of S4 in one pass
+        # torch's kernel, given y with mean 0 and 1 / sigma = 1, computes sigma dx of S4 in one pass; the
+        # second gain stands for the bias, whose values are not read
         dx, dgain, dbias = torch.ops.aten.native_layer_norm_backward(
             g, y, gain.shape, 0 * r, torch.ones_like(r), gain, gain, (True, ctx.gain_trains, True))
         return dx.mul_(r), dgain, dbias, None, None
@@ -286,7 +287,7 @@ class Scores(torch.autograd.Function):
 class SoftmaxValue(torch.autograd.Function):
     """Softmax and the product with V as one node, so that P is stored once, in one byte, not twice in four.
 
-    S7  P = softmax(s),  o = P v;  dv = P^T g,  Z = P (g v^T),  ds = Z - P rowsum(Z)
+    S7  P = softmax(s),  o = P v;  dv = P^T g,  Z = P (g v^T),  ds = Z - P rowsum(Z),  with P, v as stored
 
     A row of the stored P sums to 1 within (T + 1) / 512, and so a row of ds nearly to 0.
     """
@@ -354,7 +355,7 @@ class Block(nn.Module):
         s = s / math.sqrt(q.shape[-1])                                                  # (B, H, T, T)
         s = s if mask is None else s + mask                                             # (B, H, T, T)
         if cfg.products or cfg.probabilities:
-            # as the authors: dropout on V, where BERT has it on P: a mask of N bytes, not S, and one P less
+            # as the authors: dropout on V, where BERT has it on P; N bytes of mask, not S, and P saved once
             v = dropout(v, cfg.attention_dropout, self.training)                        # (B, H, T, e)
             o = SoftmaxValue.apply(s, v, cfg.probabilities, cfg.products)               # (B, H, T, e)
         else:
@@ -504,7 +505,7 @@ def resize_positions(table, rows):
 def load_weights(model, state, path):
     """Copy {our name: tensor} into the model; all must fit and be finite, or it is a UserError.
 
-    New stay a head of another shape and, aloud, a pooler that is missing. Our choice: a ViT's position table
+    A head of another shape stays new; so does, aloud, a missing pooler. Our choice: a ViT's position table
     is resized to pictures of another size; the authors' checkpoints have the size of their pictures.
     """
     own = dict(model.named_parameters())
@@ -540,15 +541,15 @@ def loss(model, batch):
     if model.cfg.target == "score":
         return F.mse_loss(logits[:, 0], labels)
     if model.cfg.target == "span":
-        return F.cross_entropy(logits, labels, ignore_index=logits.shape[1])
+        return F.cross_entropy(logits, labels, ignore_index=logits.shape[1])            # T
     return F.cross_entropy(logits, labels)
 
 
 # --- Scheduling --------------------------------------------------------------
 
-# A "layer" of the paper is one weight tensor. Of a BERT classifier's 201 parameters 102 may be frozen, of
-# which 91 are at rate 0.9; its 99 biases always train. So the gradient goes all the way down: freezing spares
-# stored inputs and weight gradients, not the backward pass.
+# A "layer" of the paper is one weight tensor. Of a BERT classifier's 201 tensors 102 may be frozen with
+# --freeze_head, of which 91 are at rate 0.9; its 99 biases always train. So the gradient goes all the way
+# down: freezing spares stored inputs and weight gradients, not the backward pass.
 
 
 def eligible(model, cfg):
@@ -578,7 +579,8 @@ def choose(policy, distance, k, step, steps, generator):
     """Indices of the k of t tensors that train at a step.
 
     ils: the largest distances (NaN counts as the largest); random: any; last: those nearest the output;
-    progressive: a window that slides from the input to the output; none: nothing is frozen.
+    progressive: a window that slides from the input to the output; none: nothing is frozen. Our choice: all
+    but ils, which alone the authors' code has.
     """
     t = len(distance)
     if policy == "random":
@@ -592,10 +594,11 @@ def choose(policy, distance, k, step, steps, generator):
 class Scheduler:
     """Inter-layer scheduling (ILS): which tensors train at a step, by how far they moved when last trained.
 
-    S12  frozen: the int(rate t) smallest of D_1 ... D_t;  D_i is measured anew where i trained, else kept
+    S12  frozen: the int(rate t) smallest of D_1 ... D_t;  D_i is measured anew where i trained, else kept;
+         D_i = 1e20 uniform(0, 1) at the start
 
-    Nothing explores and no distance fades: a frozen tensor returns when active ones fall below its old value.
-    As many train at every step, so the memory hardly changes.
+    Nothing explores and no distance fades: a frozen tensor has no gradient, does not move, and returns when
+    active ones fall below its old value. The same number trains at every step: the memory hardly changes.
     """
 
     def __init__(self, model, cfg):
@@ -604,7 +607,7 @@ class Scheduler:
         t = len(self.tensors)
         self.k = t - int(cfg.rate * t + 1e-9)                 # 0.95 t may come out as an integer minus 1e-15
         # Larger than any distance: the first t / k steps train every tensor once, in random order. From
-        # zeros, those that happened to train first would go on for ever.
+        # zeros, those that happened to train first would go on for ever. (Authors: 1e7, 1e10 or 1e20.)
         generator = common.make_generator(cfg.seed, 0, "start")
         self.distance = 1e20 * torch.rand(t, generator=generator, dtype=torch.float64)
         self.active = []                                      # indices of those that train
@@ -655,8 +658,8 @@ def learning_rate(cfg, step):
     S13  linear: (n + 1 - i) / (n + 1)   most GLUE scripts;   stsb: (n - i) / n;   vit: (n - i) / (n + 1)
          zero:   0 at i = 0, then (n - i) / (n - 0.1)         CoLA and SQuAD
 
-    zero comes of a "warm-up 0.1", taken as a number of steps. At rate 0 the first active set moves by 0, so
-    that it never trains again. Our choice: no preset uses it.
+    zero comes of a "warm-up 0.1", taken as a number of steps: at a first learning rate of 0 the first active
+    set moves by 0 and never trains again. Our choice: no preset uses it, so cola and squad have linear.
     """
     n = cfg.steps
     if cfg.schedule == "zero" and step == 0:
@@ -711,13 +714,13 @@ def optimizer(model, cfg):
     return AdamW(groups, lr=cfg.lr)
 
 
-# Bytes saved for the backward pass:
+# Bytes saved for the backward pass (a slot is the input of one tensor, lit where the tensor trains):
 #
 # S8  stock block    64 N + 4 S + 16 B T;  with dropout  66 N + 9 S + 16 B T
 # S9  SlimFit block  5 N + S  [with dropout 3 N more]  + 4 N for each lit slot: query, key, value together;
 #                    out; mlp1; mlp2;  + each LayerNorm: 4 N if its gain trains, else 8 keep N + 4 B T
-# S10  outside       a LayerNorm; 4 N where pooler or head trains: it reads a view of one token, which keeps
-#                    the whole tensor; small things behind
+# S10  outside       one LayerNorm as in S9  + 4 N where pooler or head trains  + what is small behind them;
+#                    those two read a view of one token, which keeps the whole tensor
 
 
 def activation_rows(cfg, B, active):
@@ -830,14 +833,17 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)       # mean and deviati
 def stock(cfg):
     """The same model without SlimFit: nothing frozen or compressed, attention dropout on P, its own lr.
 
-    The authors' learning rates are 2 to 6 times the usual 2e-5; full fine-tuning wants a smaller one.
+    The authors' learning rates are 2 to 9 times the usual 2e-5; full fine-tuning wants a smaller one.
     """
     return replace(cfg, policy="none", products=False, probabilities=False, gelu=False, mlp=False, keep=1.0,
                    lr=cfg.full_lr or cfg.lr)
 
 
 def fetch(dataset, cfg, rows):
-    """(inputs, labels) of the samples `rows`: normalised pixels, or ids, token types and mask."""
+    """(inputs, labels) of the samples `rows`: normalised pixels, or ids, token types and mask.
+
+    Official code differs on ImageNet: bicubic, test pictures cut from 384 / .875 pixels, random erasing.
+    """
     labels = torch.from_numpy(dataset.labels[rows])
     if cfg.family == "bert":
         return torch.from_numpy(dataset.images[rows]).unbind(1), labels
@@ -859,7 +865,10 @@ def class_half(dataset, half):
 
 
 def epochs(cfg, rows, steps):
-    """The samples `rows` in the order in which `steps` batches see them: a new order every epoch."""
+    """The samples `rows` in the order in which `steps` batches see them: a new order every epoch.
+
+    Official code differs: the last batch of an epoch is short; here it takes the next epoch's first samples.
+    """
     count = math.ceil(steps * cfg.batch / len(rows))
     generators = [common.make_generator(cfg.seed, epoch, "data") for epoch in range(count)]
     return np.concatenate([rows[torch.randperm(len(rows), generator=g).numpy()] for g in generators])
@@ -875,8 +884,9 @@ def draw(dataset, order, cfg, step, device):
 def finetune(cfg, variant, stage, dataset, weights, half=0):
     """Train `variant`, cfg with some fields changed, from {name: tensor}: the model, its scheduler, measures.
 
-    Measured: bytes saved for the backward pass at the last step; seconds a step; on CUDA the allocator's
-    peak, in which buffers count, too, that live only for a moment: the paper's figures are such peaks.
+    Of variant: policy, formats, learning rate, steps; of cfg: data, batch, seed and the run. Measured: bytes
+    saved for the backward pass at the last step; seconds a step; on CUDA the allocator's peak, in which
+    buffers count, too, that live only for a moment: the paper's "on-device memory" may be such a peak.
     """
     device = common.device_of(cfg)
     order = epochs(cfg, class_half(dataset, half), variant.steps)
@@ -956,7 +966,9 @@ def train(cfg):
         weights = {name: p.detach() for name, p in model.named_parameters() if not name.startswith("head.")}
     rates = {f"rate-{word}": replace(cfg, rate=rate) for word, rate in parse_rates(cfg.compare).items()}
     variants = {"full": stock(cfg), **rates} if rates else {"last": cfg}
-    rows = {} if rates or common.rank() else {"stock": plan_memory(cfg)["stock"]}
+    rows = {}
+    if not rates and common.rank() == 0:                      # the only row but its own: by formula
+        rows["stock"] = plan_memory(cfg)["stock"]
     for stage, variant in variants.items():
         model, scheduler, measured = finetune(cfg, variant, stage, dataset, weights, half)
         if common.rank() == 0:
@@ -977,13 +989,12 @@ def train(cfg):
 def check(cfg):
     """What is wrong with a configuration as a whole; the ranges of single fields stand behind them."""
     kinds = "glue:" if cfg.family == "bert" else ("shapes", "cifar10", "npz:", "folder:", "video:")
-    again = "torch would compile for every set of tensors that trains, give up and be slower"
     for name, fits, message in (
             ("heads", cfg.width % cfg.heads == 0, f"must divide --width {cfg.width}"),
             ("patch", cfg.image % cfg.patch == 0, f"must divide --image {cfg.image}"),
             ("length", cfg.length <= cfg.positions, f"only {cfg.positions} positions are known"),
             ("bf16", not cfg.bf16, "SlimFit's formats start from fp32; leave it out"),
-            ("compile", not cfg.compile, f"{again}; leave it out"),
+            ("compile", not cfg.compile, "torch would compile for every set that trains; leave it out"),
             ("target", cfg.plan or cfg.target == "class", "has no reader here; add --plan"),
             ("data", cfg.plan or cfg.data.startswith(kinds), f"not for --family {cfg.family}"),
             ("weights", cfg.plan or cfg.weights or cfg.pretrain or cfg.sample, "give a pre-trained model")):
@@ -1104,6 +1115,7 @@ def plan_memory(cfg):
     every = {name for name, _ in model.named_parameters()}
     may = list(eligible(model, cfg))
     k = Scheduler(model, cfg).k
+    # key.weight stands for query, key and value, which share a slot
     own = ("key.weight", "out.weight", "mlp1.weight", "mlp2.weight")
     slots = [name for name in may if name.endswith(own)]
     others = [name for name in may if name not in slots]
