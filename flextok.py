@@ -16,15 +16,15 @@ Run:      python flextok.py                          3 minutes: one-step error .
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --decode tokens.npz --keep 2
           python flextok.py --name words --condition text          and then draw what a sentence asks for:
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
-Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. The paper's text was
-          not at hand: F1 to F33 number equations in this file's order, "published" is the official code and
+Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Without the paper's
+          text at hand, F1 to F33 number equations in this file's order, "published" is the official code and
           configuration, "reported" what others write of the paper, "paper unknown" a guess.
 Scaled:   the demo (PRESETS): all sizes, rates, shares and guidance; no flips, crops or REPA.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
           DINOv2 and FLAN-T5-XL: --teacher loads a network, --text its states; small stand-ins train here.
           REPA's teacher sees images: beside latents their file must hold them. Latents get no crops.
-Letters:  B images, C channels, h w sides, p patch side, P patches, R registers = tokens, N positions, D width,
-          H heads, d = D/H, Q numbers a token, V ids, L words, S features, u uniform. Time: 1 noise, 0 image.
+Letters:  B images, C channels, h w sides, p patch side, P patches, R registers/tokens, N positions, D width,
+          H heads, d = D/H, Q numbers a token, V ids, L words, S features, u uniform. t: 1 noise, 0 image.
 CUDA:     never run on CUDA.
 Read in this order: Encoder, FSQ, Decoder, loss_tokenizer, sample, GPT, generate, train_tokenizer. 20 minutes.
 """
@@ -549,7 +549,7 @@ class GPT(nn.Module):
 # --- Objective ---------------------------------------------------------------
 
 # F20  x_t = t noise + (1 - t) x: t = 1 is noise, t = 0 the image
-# F21  t = 1 - u - s (cos^2(pi u / 2) - 1 + u), s = 1/4, u uniform: SD3's mode sampling, published
+# F21  t = 1 - u - s (cos^2(pi u / 2) - 1 + u), s = 1/4, u uniform: SD3's mode law, FlexTok's published
 # F22  L_flow = mean |v(x_t, t, tokens 1 to k) - (noise - x)|^2
 # F23  L_REPA = -mean_patches cos(MLP(patch after an early block), teacher's feature of the image there)
 # F24  L = L_flow + repa L_REPA; the encoder learns through the FSQ alone
