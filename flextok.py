@@ -19,7 +19,7 @@ Run:      python flextok.py                          3 minutes: one-step error .
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Without the paper's
           text at hand, F1 to F33 number equations in this file's order, "published" is the official code and
           configuration, "reported" what others write of the paper, "paper unknown" a guess.
-Scaled:   the demo (PRESETS): all sizes, rates, shares and guidance; no flips, crops or REPA.
+Scaled:   the demo (PRESETS): sizes, batch, rates, EMA, null, std, shift, guidance; no flips, crops or REPA.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
           DINOv2 and FLAN-T5-XL: --teacher loads a network, --text its states; small stand-ins train here.
           REPA's teacher sees images: beside latents their file must hold them. Latents get no crops.
@@ -800,7 +800,10 @@ def optimizer(model, cfg, decay=0.01):
 
 
 def open_teacher(cfg, dataset):
-    """The frozen teacher, images (B, C, h, w) -> features (B, S, g, g), and S; None and 0 without REPA."""
+    """The frozen teacher, images (B, C, h, w) -> features (B, S, g, g), and S; None and 0 without REPA.
+
+    Images are in [-1, 1]: a file of DINOv2 must itself bring them to the side and the colours it wants.
+    """
     if not cfg.repa or cfg.stage == "ar":
         return None, 0
     device = common.device_of(cfg)
