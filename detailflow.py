@@ -195,7 +195,7 @@ def gaussian(std, *shape):
     return nn.Parameter(torch.randn(*shape) * std)
 
 
-# D3  input p of the AR model, the class not counted (D8), has row p // g and column p mod g
+# D3  input number k of the AR model, the class not counted (D8), has row k // g and column k mod g
 #      angle of pair i = row 10000^(-2 i / (w / 2)) in the first half of a head's pairs, column in the second
 
 
@@ -205,9 +205,9 @@ def rotary_embedding(N, g, w):
     Official code, as LlamaGen: for the class both are 0, and so its queries and keys are. As it stands in
     front, rows begin one position behind the groups of the mask.
     """
-    p = torch.arange(N - 1)[:, None]
+    k = torch.arange(N - 1)[:, None]
     rate = 10_000.0 ** (-torch.arange(0, w // 2, 2) / (w // 2))
-    angle = torch.cat([p // g * rate, p % g * rate], 1)                                        # (m, w/2)
+    angle = torch.cat([k // g * rate, k % g * rate], 1)                                        # (m, w/2)
     return F.pad(torch.stack([angle.cos(), angle.sin()]), (0, 0, 1, 0))                         # (2, N, w/2)
 
 
@@ -364,7 +364,7 @@ class Encoder(nn.Module):
         return self.norm(h[:, -z.shape[1]:]), kept                                 # (B, n, D), (B, H, P, w)
 
 
-# D6  x^ = Linear(ViT[mask + grid(r), W_read q[:n] + b + positions[:n]]) on the mask tokens, r = image_side(n)
+# D6  x^ = Linear(ViT[mask + grid(r), read(q[:n]) + positions[:n]]) on the mask tokens, r = image_side(n)
 
 
 class Decoder(nn.Module):
@@ -397,7 +397,7 @@ class Decoder(nn.Module):
 
 # D7  tokens s to e - 1, from 0, are noise: one of the first c, or a group; Sec. 3.3
 #     corrupt    noise[i] = one of the `near` codes nearest to latent i;  prefix = sg [q[:s], noise[s:e]]
-#     re-encode  q' = VQ(enc(X; [W_refine prefix + b, refined[e:]] + positions))     weights of the first pass
+#     re-encode  q' = VQ(enc(X; [refine(prefix), refined[e:]] + positions))     weights of the first pass
 #     merge      [prefix, q'[e:]]: the tokens from e on know of the mistake and make up for it
 #     losses     (N L + (N - e) L') / (2 N - e)      L: mean over N tokens; L': over those of q' from e on
 

@@ -121,7 +121,7 @@ DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 # V6   x <- x + attention(LN x);  x <- x + mlp(LN x)
 # V7   mlp(x) = down(silu(gate x) * up x)   SwiGLU, hidden width int(2.67 D)
 # V8   angle = position 10000^(-i/n)        RoPE: pair i of the n pairs that an axis (x, y or t) has in a head
-# V17  x <- x + gate attention((1 + scale) LN x + shift), likewise mlp;  shift, scale, gate = W condition
+# V17  x <- x + gate_msa attention((1 + scale_msa) LN x + shift_msa), likewise mlp; the six = W condition
 
 
 class Sizes(NamedTuple):
@@ -330,7 +330,7 @@ class Trunk(nn.Module):
 #
 # V2   mean, logvar = W_c LN(trunk(X_e))    2 c channels a token; logvar clamped to [-30, 20]
 # V3   z = mean + exp(logvar / 2) eps       eps from N(0, I), Sec. 2.1
-# V9   encoder([frozen; X_e])[:l],  decoder([W_u z; frozen])[-N:]      latent variant, App. A.3
+# V9   encoder([queries; X_e])[:l],  decoder([W_u z; masks])[-N:]      latent variant, both frozen, App. A.3
 # V10  z_j = blank for j >= length, which is M/8, M/4, M/2 or M        masked variant, App. A.3
 
 
@@ -758,7 +758,7 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, eta=0.0):
 
 # --- Training ----------------------------------------------------------------
 #
-# V16  lambda(step) = lambda clip((step - a) / b, 0, 1)   a, b: 5 %, 50 % of the steps (official: of 100k)
+# V16  lambda(step) = lambda clip((step - s0) / s1, 0, 1)   s0, s1: 5 %, 50 % of the steps (official: of 100k)
 # V26  lr(step) = peak (low + (1 - low) rise)             rise: linear in the warm-up, then half a cosine
 
 # Learning rates are for 256 images a step: at TOY's batch of 32, 1.2e-2 means 1.5e-3.
