@@ -44,6 +44,7 @@ from tqdm import tqdm
 # --- Configuration -----------------------------------------------------------
 
 
+# The comment behind a field is its --help and, before the colon, its range: common.py reads it.
 @dataclass
 class Config:
     preset: str = "demo"                             # where the values below start from

@@ -54,6 +54,7 @@ import torch.nn.functional as F
 # --- Configuration -----------------------------------------------------------
 
 
+# The comment behind a field is its --help and, before the colon, its range: common.py reads it.
 @dataclass
 class Config:
     preset: str = "demo"                    # where the values below start from; they stand under Training
@@ -592,6 +593,8 @@ def clock_cycles(K, M):
 
 def schedule(K, M, mode):
     """One training step: tasks (kind, m, k) in an order one worker could follow; each stage follows its own.
+
+    mode: --checkpoint, the micro-batches that are recomputed.
 
     F forward, L loss, R recompute, B backward. Backward is forward reversed: last in, first out.
     schedule(2, 2, "always"), where every task takes a unit of time and .. is idle:

@@ -11,8 +11,8 @@ Run:      python slimfit.py     demo: rate 0.75: accuracy .905 +- .017, 5.4 MB s
           python slimfit.py --preset imagenet --plan        memory of any model and batch, without running
           python slimfit.py --preset mrpc --weights bert-base-cased --data glue:MRPC:glue
           python slimfit.py --sample runs/slimfit/demo/rate-0.75.pt       evaluate a checkpoint
-Faithful: operators, formats, scheduling, AdamW, runs as in the authors' code; departures are marked. (We read
-          its abstract alone; S1 to S14 are ours.) Scaled: the demo. Left out: SQuAD, STS-B; RandAugment.
+Faithful: operators, formats, scheduling, AdamW, runs as in the authors' code; departures are marked. (Of the
+          paper we read the abstract alone; S1 to S14 are ours.) Scaled: the demo. Left out: SQuAD, STS-B.
 Letters:  B batch, T tokens, d width, H heads, e = d/H, K outputs, N = B T d, S = B H T^2, g arriving gradient
 CUDA:     never run on CUDA. Read in this order: Dense8 to SoftmaxValue, Block, Scheduler, activation_rows.
 """
@@ -630,7 +630,7 @@ class Scheduler:
         self.history.append(torch.tensor([tensor.requires_grad for tensor in tensors]))
 
     def measure(self):
-        """After the update: new distances of the active tensors."""
+        """After the update: new distances of the active tensors, under ils, which alone has copies."""
         tensors = list(self.tensors.values())
         moved = [relative_change(old, tensors[i].detach()) for i, old in zip(self.active, self.old)]
         if moved:
@@ -842,7 +842,8 @@ def stock(cfg):
 def fetch(dataset, cfg, rows):
     """(inputs, labels) of the samples `rows`: normalised pixels, or ids, token types and mask.
 
-    Official code differs on ImageNet: bicubic, test pictures cut from 384 / .875 pixels, random erasing.
+    Official code differs on ImageNet: bicubic, test pictures cut from 384 / .875 pixels,
+    random erasing, RandAugment.
     """
     labels = torch.from_numpy(dataset.labels[rows])
     if cfg.family == "bert":
