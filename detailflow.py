@@ -13,7 +13,7 @@ Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .05 t
 Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: what the preset demo sets.
 Left out: VGG, DINO, SigLIP2: one --teacher is all three; the encoder starts at random, or from --tokenizer.
 Letters:  B images, b = B, or 2 B with the corrected ones (D7), C channels, R side, f patch, p patches a side,
-          P of them, N tokens, n kept, g group, K codes of width d, D width, H heads, w = D / H, S features.
+          P all, N tokens, n kept, g group, c causal, K codes, d wide, D width, H heads, w = D/H, S features.
 CUDA:     never run on CUDA.  Read in this order: resolution, VQ, Tokenizer, loss_tokenizer, AR, generate.
 """
 
