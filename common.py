@@ -73,6 +73,7 @@ def quit_with(error):
 
 
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+SMALLEST = 1e-18                        # and its inverse the largest: float32 and int64 hold both, with room
 SIGNS = {"[": ">=", "(": ">", "]": "<=", ")": "<"}
 RANGE = re.compile(r"(?P<range>(?:[<>]=? \S+)(?: and [<>]=? \S+)*|in [\[(]\S+, \S+[\])]): (?P<text>.*)")
 
@@ -112,6 +113,9 @@ def check_ranges(cfg):
             require(value in words, f"--{field.name} {value}: must be one of {', '.join(words)}")
         if type(value) in (int, float):
             require(in_range(value, text), f"--{field.name} {value}: must be {text or 'a finite number'}")
+            sane = value == 0 or math.isinf(value) or SMALLEST <= abs(value) <= 1 / SMALLEST
+            bounds = f"from {SMALLEST} to {1 / SMALLEST:.0e}"
+            require(sane, f"--{field.name} {value}: must be 0 or {bounds} in size")
 
 
 def build_parser(Config, PRESETS, doc):
@@ -601,9 +605,17 @@ def read_checkpoint(path, method, device="cpu"):
     for name, kind in dict(config=dict, step=int, sums=dict, state=dict, classes=list).items():
         fits = type(saved.get(name)) is kind
         require(fits, f"{path}: field {name} is no {kind.__name__}; the file is damaged")
-    pairs = all(torch.is_tensor(pair) and pair.numel() == 2 for pair in saved["sums"].values())
-    require(pairs and saved["step"] >= 0, f"{path}: fields sums or step are damaged")
+    require(0 <= saved["step"] < 2**63, f"{path}: field step is {saved['step']}; the file is damaged")
+    require(all(map(is_sum, saved["sums"].items())), f"{path}: field sums is damaged")
+    require(all(type(name) is str for name in saved["classes"]), f"{path}: field classes is damaged")
     return saved
+
+
+def is_sum(item):
+    """Whether an entry of a checkpoint's sums is a name and a tensor of a finite sum and a count above 0."""
+    name, pair = item
+    fits = type(name) is str and torch.is_tensor(pair) and pair.shape == (2,)
+    return bool(fits and pair.isfinite().all() and pair[1] > 0)
 
 
 def load_into(objects, saved, path):
@@ -681,6 +693,9 @@ class Run:
         self.claim()
         self.config = asdict(cfg) | {"resume": False}
         self.folder = folder(cfg)
+        if cfg.resume and hasattr(cfg, "stage"):                # --stage with --resume is of this call alone
+            stored = self.folder / "config.json"
+            self.config["stage"] = read_config(stored)["stage"] if stored.exists() else cfg.stage
         suffix = "" if stage == "last" else f"-{stage}"
         self.checkpoint = self.folder / f"{stage}.pt"
         self.log_path = self.folder / f"log{suffix}.jsonl"
@@ -742,6 +757,8 @@ class Run:
             else:
                 load_into(objects, saved, self.checkpoint)
                 step = saved["step"]
+                fewer = f"{self.checkpoint}: holds step {step} already; --steps {self.total} asks for fewer"
+                require(step <= self.total, fewer)
                 self.sums = saved["sums"]
                 self.lines = read_log(self.log_path, step)
         elif self.cfg.resume:
@@ -1002,6 +1019,7 @@ def load_teacher(path, channels, size):
     TorchScript .pt or torch.export .pt2; it may also give tokens (B, h*w, S). UserError where it does not
     take one picture and two, gives something else, or gives a picture other features beside another.
     """
+    require(path.endswith((".pt", ".pt2")), f"--teacher {path}: give TorchScript .pt or torch.export .pt2")
     try:
         network = torch.jit.load(path, "cpu") if path.endswith(".pt") else torch.export.load(path).module()
     except Exception as error:                                  # whatever foreign bytes provoke

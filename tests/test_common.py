@@ -422,6 +422,32 @@ def test_what_a_resumed_run_may_change(run):
     assert code == 0 and saved()["step"] == 6 and json.loads(Path("runs/toy/demo/config.json").read_text())["log"] == 1
 
 
+def test_fewer_steps_than_a_run_has_are_refused(run):
+    run("--steps", 6)
+    before = Path("runs/toy/demo/config.json").read_bytes()
+    code, _, err = run("--resume", "--steps", 3)
+    assert code == 2 and is_one_line(err) and "holds step 6 already" in err
+    assert Path("runs/toy/demo/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("words, said", [(["--calls", 10 ** 21], "--calls 1000"), (["--lr", 1e300], "--lr 1e+300"), (["--lr", 1e-320], "--lr 1e-320")])
+def test_numbers_that_no_tensor_can_hold_are_refused(run, words, said):
+    code, _, err = run(*words)
+    assert code == 2 and is_one_line(err) and said in err and "in size" in err and not Path("runs").exists()
+
+
+def test_a_stage_asked_for_with_resume_is_of_that_call_alone(toy):
+    source = TOY.replace("    batch: int", "    stage: str = 'all'                      # which\n    batch: int", 1)
+    Path("stage_toy.py").write_text(source)
+    staged = importlib.import_module("stage_toy")
+    words = ["--name", "s", "--steps", "2"]
+    for more in ([], ["--resume", "--stage", "one", "--steps", "3"]):
+        cfg = common.cli(staged.Config, staged.PRESETS, "", words + more)
+        common.launch(staged.main, cfg, staged.check, staged.prepare)
+        assert cfg.stage == ("one" if more else "all")
+    assert common.cli(staged.Config, staged.PRESETS, "", ["--resume", "--name", "s"]).stage == "all"
+
+
 def test_a_finished_run_prints_its_result(run):
     _, first, _ = run()
     before = Path("runs/toy/demo/last.pt").read_bytes(), Path("runs/toy/demo/log.jsonl").read_text()
@@ -899,8 +925,10 @@ def test_temporary_files_of_killed_writers_are_swept(run):
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(step="four"), "field step is no int"), (dict(step=True), "field step is no int"), (dict(step=-1), "sums or step"),
-    (dict(sums=[1]), "field sums is no dict"), (dict(sums={"loss": 3}), "sums or step"), (dict(state=[]), "field state is no dict"),
+    (dict(step="four"), "field step is no int"), (dict(step=True), "field step is no int"), (dict(step=-1), "field step is -1"),
+    (dict(step=10 ** 20), "field step is 1000"), (dict(sums={1: torch.ones(2)}), "field sums"), (dict(sums={"a": torch.zeros(1, 2)}), "field sums"),
+    (dict(sums={"a": torch.tensor([math.nan, 1])}), "field sums"), (dict(sums={"a": torch.zeros(2)}), "field sums"), (dict(classes=[None]), "field classes"),
+    (dict(sums=[1]), "field sums is no dict"), (dict(sums={"loss": 3}), "field sums"), (dict(state=[]), "field state is no dict"),
     (dict(config=[]), "field config is no dict"), (dict(classes="a"), "field classes is no list")])
 def test_a_damaged_checkpoint_names_its_field(run, change, said):
     run("--steps", 4)
