@@ -52,7 +52,7 @@ class Config:
     size: int = 32                                   # >= 1: side of an image in pixels, or of a latent
     patch: int = 2                                   # >= 1: patch side p; N = (size / p)^2 tokens an image
     width: int = 768                                 # >= 4: token width D
-    depth: int = 12                                  # >= 1: number of blocks
+    depth: int = 12                                  # in [1, 1000]: number of blocks
     heads: int = 12                                  # >= 1: attention heads H
     images: int = 5                                  # >= 1: images a sequence n; 1: ARFlow without context
     block: Literal["arflow", "sit"] = "arflow"       # sit: the SiT baseline; --images 1 --batch n * B

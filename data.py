@@ -805,9 +805,10 @@ def pack_labels(pack, own, count, path):
     if own + "labels" in pack:
         return pack[own + "labels"]
     for name, array in pack.items():
-        likely = array.dtype.kind in "iu" and array.shape in ((count,), (count, 1))
+        read = name.endswith(("images", "videos", "captions", "class_names", "header", "scan", "offset"))
+        likely = array.shape[:1] == (count,) and not read       # of any type: numbers, names, one-hot rows
         require(not likely and "label" not in name, f"{path}: holds {', '.join(pack)}: no {own}labels; "
-                f"name them so, or for one class leave {name} out")
+                f"name integers (M,) so; without any {name}, all would be one class")
     return np.zeros(count, int)
 
 

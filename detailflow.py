@@ -41,14 +41,14 @@ class Config:
     objects: int = 1                # in [1, 4]: most objects in a drawn image
     size: int = 256                 # >= 2: side R of the image
     flip: bool = True               # flip each image left-right with probability 1/2
-    zoom: float = 1.25              # >= 1: crop images enlarged by 1 to this; ar: by 1 + 0.4 (zoom - 1)
+    zoom: float = 1.25              # in [1, 10]: crop images enlarged by 1 to it; ar: 1 + 0.4 (zoom - 1)
     patch: int = 16                 # >= 1: patch side f
     tokens: int = 128               # >= 2: N, tokens an image
     group: int = 8                  # >= 1: g, tokens predicted in one step
     causal: int = 8                 # >= 1: c, how many tokens are predicted one by one at first
     codes: int = 8192               # >= 1: K, size of the codebook
     dim: int = 8                    # >= 1: d, width of a code
-    alpha: float = 1.5              # > 0: exponent of the resolution law; 1: linear
+    alpha: float = 1.5              # in (0, 100]: exponent of the resolution law; 1: linear
     rounding: Literal["ceil", "nearest"] = "ceil"       # of R(n) to multiples of f: official code, or paper
     encoder: str = "1152x12x16x4304"                    # WIDTHxDEPTHxHEADSxMLP
     decoder: str = "768x12x12x3072"                     # the same of the decoder
@@ -67,7 +67,7 @@ class Config:
     tokenizer: str = ""             # checkpoint: stage ar builds on it, stage tokenizer starts from it
     noisy: float = 0.3              # in [0, 1]: share of AR sequences with a mistake and its correction
     label_dropout: float = 0.1      # in [0, 1]: share of them that lose their label; 0: no null label
-    dropout: float = 0.1            # in [0, 1]: of the AR model: embeddings, both residual branches
+    dropout: float = 0.1            # in [0, 1): of the AR model: embeddings, both residual branches
     steps: int = 1_251_000          # >= 1: optimizer steps of each stage; --steps overrides a preset's next 2
     steps_tokenizer: int = 0        # >= 0: of stage tokenizer; 0: --steps
     steps_ar: int = 0               # >= 0: of stage ar

@@ -57,7 +57,7 @@ class Config:
     size: int = 32                          # >= 1: side of the image or latent
     channels: int = 16                      # >= 1: its channels C
     flip: bool = True                       # mirror each image with probability 1/2; reported for stage ar
-    crop: float = 1.1                       # >= 1: stage ar enlarges images by it, then crops; our choice
+    crop: float = 1.1                       # in [1, 10]: stage ar enlarges so much, then crops; our choice
     patch: int = 2                          # >= 1: patch side p
     registers: int = 256                    # >= 1: R, tokens an image
     levels: str = "8,8,8,5,5,5"             # FSQ levels; their product is the number of ids V

@@ -913,10 +913,17 @@ class Pipeline:
         thread_local.generator = common.make_generator(self.seed, batch.number, name, self.devices[k])
         thread_local.recompute = recompute
         thread_local.layer = self.name_layer(k, i)
+        watched = m in batch.recomputed and not recompute
+        before = torch.get_rng_state() if watched else None
         try:
-            return self.model[i](x)
+            y = self.model[i](x)
         finally:
             thread_local.__dict__.clear()   # the defaults in its class hold again
+        # The probe has seen one micro-batch: a layer may begin to draw later.
+        same = before is None or torch.equal(before, torch.get_rng_state())
+        common.require(same, f"{self.name_layer(k, i)}: draws torch's random numbers, and would draw others "
+                       'when recomputed: use gpipe.stage_dropout, or checkpoint "never"')
+        return y
 
     def name_layer(self, k, i):
         """For messages."""

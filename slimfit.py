@@ -44,7 +44,7 @@ class Config:
     family: Literal["vit", "bert"] = "bert"          # pre-norm on pixels, or post-norm on words
     target: Literal["class", "score", "span"] = "class"    # score (STS-B), span (SQuAD): --plan alone
     classes: int = 2                                 # >= 1: outputs K of the head
-    depth: int = 12                                  # >= 1: blocks
+    depth: int = 12                                  # in [1, 1000]: blocks
     width: int = 768                                 # >= 1: width d
     heads: int = 12                                  # >= 1: attention heads H
     eps: float = 1e-12                               # > 0: epsilon of every LayerNorm

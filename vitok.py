@@ -71,7 +71,7 @@ class Config:
     perceptual: float = 1.0             # >= 0: weight eta of the perceptual term (official video: 0.1)
     vgg: str = ""                       # file of VGG16 and LPIPS weights; default: a classifier trained here
     gan: float = 0.05                   # >= 0: weight lambda of the GAN (Sec. 2.3: 1.0; App. A.2: .05 best)
-    disc: int = 512                     # >= 1: discriminator channels up to 32 px, halved for each doubling
+    disc: int = 512                     # in [1, 65536]: discriminator channels to 32 px; a doubling halves
     dit: str = "L"                      # generator: B, L, XL or WIDTHxDEPTHxHEADS
     label_dropout: float = 0.1          # in [0, 1]: the generator's labels that training drops
     steps: int = 100_000                # >= 1: optimizer steps of each stage
@@ -932,12 +932,22 @@ def train_decoder(cfg):
         run.save(step)
 
 
+def require_same_encoder(cfg, path):
+    """UserError where decoder.pt was trained behind another encoder than that of ae.pt, at `path`."""
+    fresh, _, _ = load(cfg, path)
+    behind, _, _ = load(cfg, path.with_name("decoder.pt"))
+    stale = common.differs(fresh.encoder, behind.encoder.state_dict())
+    common.require(not stale, f"{path.with_name('decoder.pt')}: was trained behind another ae.pt; "
+                   "run --stage decoder with --resume first")
+
+
 def train_dit(cfg):
     """Stage 3: the generator, on codes sampled from the frozen encoder, neither scaled nor normalised."""
     device = common.device_of(cfg)
     dataset = open_split(cfg, "train")
     earlier = common.require_stage(cfg, "ae")
     if earlier.with_name("decoder.pt").exists():
+        require_same_encoder(cfg, earlier)
         earlier = earlier.with_name("decoder.pt")
     run = common.Run(cfg, "dit", classes=dataset.classes)
     run.seed_weights()

@@ -459,9 +459,12 @@ def test_a_test_split_has_the_class_list_of_train(pack):
 
 
 @pytest.mark.parametrize("changes,split,key", [
-    (dict(labels=None, y=np.arange(20) % 3), "train", "no labels; name them so, or for one class leave y out"),
+    (dict(labels=None, y=np.arange(20) % 3), "train", "no labels; name integers (M,) so; without any y, all would be one class"),
     (dict(labels=None, y=np.arange(20)[:, None]), "train", "holds images, y: no labels"),
-    (dict(labels=None, sublabels=np.array(["a"] * 20)), "train", "leave sublabels out"),
+    (dict(labels=None, y=np.arange(20) % 3 / 2), "train", "without any y"),
+    (dict(labels=None, targets=np.eye(20)), "train", "without any targets"),
+    (dict(labels=None, kinds=np.array(["a", "b"] * 10)), "train", "without any kinds"),
+    (dict(labels=None, sublabels=np.array(["a"] * 20)), "train", "without any sublabels"),
     (dict(images=None, labels=None, train_images=np.zeros((20, 4, 4, 3), np.uint8), train_labels=np.arange(20) % 3,
           test_images=np.zeros((4, 4, 4, 3), np.uint8)), "test", "no test_labels"),
     (dict(images=None, labels=np.arange(20) % 3, train_images=np.zeros((20, 4, 4, 3), np.uint8)), "train", "no train_labels")])

@@ -958,6 +958,21 @@ def test_what_recomputation_would_betray_is_refused(layer, message):
     gpipe.Pipeline(model, [1, 2], CPU, 2, "always").infer(x)
 
 
+def test_a_layer_that_begins_to_draw_after_the_probe_is_refused():
+    """Dropout whose rate is raised behind the first step, and a layer that draws for some inputs alone."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0), nn.Linear(4, 1))
+    pipe = gpipe.Pipeline(model, [2, 1], CPU, 2, "always")
+    pipe.step(torch.randn(4, 4), torch.sum)
+    model[1].p = 0.5
+    with pytest.raises(common.UserError, match=r"stage 0, layer 1 \(Dropout\): draws torch's random numbers"):
+        pipe.step(torch.randn(4, 4), torch.sum)
+    late = Returns(lambda x: x * torch.rand(1) if x[0, 0] > 1 else x)
+    x = torch.zeros(4, 4)
+    x[2:] = 2.0
+    with pytest.raises(common.UserError, match="Returns"):
+        gpipe.Pipeline(nn.Sequential(late, nn.Linear(4, 1)), [1, 1], CPU, 2, "always").step(x, torch.sum)
+
+
 def test_the_probe_leaves_the_mini_batch_and_random_numbers_alone():
     """Layers that draw by the stage's generator and defer their averages pass, once a pipeline."""
     model = nn.Sequential(Drop(), nn.Sequential(gpipe.BatchNorm(3), nn.ReLU(True)), nn.Identity())

@@ -1025,6 +1025,7 @@ def test_a_stage_begins_where_the_one_before_it_ended(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     loaded = []
     begun = idle(monkeypatch, loaded)
+    monkeypatch.setattr(vitok, "require_same_encoder", lambda cfg, path: None)          # the files are empty
     where = tmp_path / "runs/vitok/demo"
     where.mkdir(parents=True)
     (where / "ae.pt").touch()
@@ -1050,6 +1051,10 @@ def test_a_stage_whose_earlier_stage_changed_starts_anew(tmp_path, monkeypatch, 
             assert torch.equal(value, state["decoder"]["state"]["encoder"][key.removeprefix("encoder.")])
             assert torch.equal(value, state["dit"]["state"]["tokenizer"][key])
     assert (tmp_path / "runs/vitok/demo/dit-of-another-demo.pt").exists()
+    run("--resume", "--stage", "ae", "--steps", "6")                    # now decoder.pt stands behind another encoder
+    line = refused(run, ["--resume", "--stage", "dit", "--steps", "6"], capsys)
+    assert "decoder.pt: was trained behind another ae.pt" in line
+    assert torch.load("runs/vitok/demo/dit.pt", weights_only=True)["step"] == 4
 
 
 def shrunk(name):
