@@ -103,7 +103,11 @@ def in_range(value, text):
 
 
 def check_ranges(cfg):
-    """UserError that names the first field of a configuration outside its range or its words."""
+    """UserError that names the first field of a configuration outside its range or its words.
+
+    Beyond its range a number must be one that float32 and int64 can hold with room to compute, so that a slip of
+    the keyboard is named here and not by an overflow in the middle of a run.
+    """
     notes = field_notes(type(cfg))
     for field in fields(cfg):
         value = getattr(cfg, field.name)
@@ -305,7 +309,8 @@ def ignore_output():
 
 
 def check_machine(cfg, processes):
-    """UserError where this machine cannot do what all methods may ask of it."""
+    """UserError where this machine cannot do what all methods may ask of it: a device, so many GPUs, equal
+    shares of the batch."""
     have = torch.cuda.device_count()
     asked = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.gpus))
     for name in ("steps", "batch", "gpus", "log", "save"):
