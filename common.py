@@ -105,8 +105,8 @@ def in_range(value, text):
 def check_ranges(cfg):
     """UserError that names the first field of a configuration outside its range or its words.
 
-    Beyond its range a number must be one that float32 and int64 can hold with room to compute, so that a slip of
-    the keyboard is named here and not by an overflow in the middle of a run.
+    Beyond its range a number must be one that float32 and int64 can hold with room to compute, so that a
+    slip of the keyboard is named here and not by an overflow in the middle of a run.
     """
     notes = field_notes(type(cfg))
     for field in fields(cfg):
