@@ -995,7 +995,7 @@ def command(*words):
     ("--full_lr -1", "--full_lr -1.0: must be >= 0"), ("--full_lr inf", "--full_lr inf: must be >= 0"),
     ("--decay -1", "--decay -1.0: must be >= 0"), ("--decay nan", "--decay nan: must be >= 0"),
     ("--pretrain -1", "--pretrain -1: must be >= 0"), ("--eps nan", "--eps nan: must be > 0"),
-    ("--depth 0", "--depth 0: must be >= 1"), ("--policy best", "ils"), ("--width 1000000", "bytes to train"),
+    ("--depth 0", "--depth 0: must be in [1, 1000]"), ("--policy best", "ils"), ("--width 1000000", "bytes to train"),
     ("--width 1000000000", "not enough memory"),
     ("--image 30", "--patch 4: must divide --image 30"), ("--heads 3", "--heads 3: must divide --width 64"),
     ("--preset mrpc --length 600", "--length 600: only 512 positions"),
