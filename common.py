@@ -27,8 +27,10 @@ from pathlib import Path
 from struct import pack
 
 # torch's threads spin while they wait for one another: beside another busy process that costs ten times the
-# time. OpenMP reads this once, when torch is imported; so method files import common before torch.
+# time. So they spin for a moment, which is all that a quiet machine needs, and then sleep. OpenMP reads this
+# once, when torch is imported; so method files import common before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 import numpy as np
 import torch
