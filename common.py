@@ -22,6 +22,7 @@ import time
 import zipfile
 import zlib
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from struct import pack
@@ -38,6 +39,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -162,7 +164,8 @@ def refuse_words(message):
 
 def free_with_sample(Config):
     """What --sample may change: how it draws and where it writes, not what was trained."""
-    return [name for name in ("sample", "seed", "device", "out", *Config.sampling) if hasattr(Config, name)]
+    names = ("sample", "seed", "device", "out", *Config.sampling)
+    return [name for name in names if hasattr(Config, name)]
 
 
 def resolve(Config, PRESETS, preset, given):
@@ -202,7 +205,8 @@ def cli(Config, PRESETS, doc, argv=None):
             cfg = merge_stored(Config, stored, given, cfg.sample, free_with_sample(Config))
         elif cfg.resume:
             source = folder(cfg) / "config.json"
-            free = ("name", "steps", "log", "save", "gpus", "device", "stage", "resume")
+            free = ("name", "steps", "log", "save", "gpus", "device", "accumulate", "stage",
+                    "resume")
             cfg = merge_stored(Config, read_config(source), {"name": cfg.name, **given}, source, free)
         check_ranges(cfg)
         return cfg
@@ -319,8 +323,9 @@ def check_machine(cfg, processes):
         value = getattr(cfg, name)
         require(value >= 1, f"--{name} {value}: must be >= 1")
     require(cfg.lr > 0, f"--lr {cfg.lr}: must be > 0")
-    whole = cfg.batch % processes == 0
-    require(whole, f"--batch {cfg.batch}: must be a multiple of the {processes} processes")
+    parts = processes * getattr(cfg, "accumulate", 1)
+    whole = cfg.sample or cfg.batch % parts == 0
+    require(whole, f"--batch {cfg.batch}: must be a multiple of {parts}, its parts in all processes")
     words = ("auto", "cpu", "cuda") if have else ("auto", "cpu")
     require(cfg.device in words, f"--device {cfg.device}: this machine has {', '.join(words)}")
     fits = cfg.device == "cpu" or not have or asked <= have
@@ -345,6 +350,7 @@ def require_memory(cfg, build, copies=5):
     """UserError where the model that build() makes cannot fit: `copies` of its parameters, as bytes.
 
     Five are its weights, gradients, AdamW's two averages and the averaged weights. Nothing is allocated.
+    Returns the model, on the meta device.
     """
     with torch.device("meta"):
         model = build()
@@ -356,6 +362,7 @@ def require_memory(cfg, build, copies=5):
     else:
         have = math.inf
     require(asked <= have, f"this model needs {asked:,} bytes to train; {device_of(cfg)} has {have:,}")
+    return model
 
 
 def join_group(cfg, local):
@@ -475,6 +482,38 @@ def seed_dropout(seed, step):
     torch.manual_seed(make_generator(seed, step, f"dropout {rank()}").initial_seed())
 
 
+def in_parts(count, *things):
+    """Yield `things`, tensors (B, ...) in any containers, in `count` equal parts of the batch: --accumulate.
+
+    Numbers and tensors without axes go along whole.
+    """
+    sizes = [len(leaf) for leaf in tree_leaves(things) if torch.is_tensor(leaf) and leaf.ndim]
+    part = sizes[0] // count
+    for start in range(0, part * count, part):
+        yield tree_map(lambda x: x[start:start + part] if torch.is_tensor(x) and x.ndim else x, things)
+
+
+def read_ahead(read, device, total):
+    """A function of the step that gives read(step), which beside a GPU a thread has begun one step before.
+
+    What is read depends on the step alone, so that a resumed run reads the same. A CPU has nothing to
+    overlap: there it is read when it is wanted.
+    """
+    if device.type == "cpu":
+        return read
+    pool = ThreadPoolExecutor(1)
+    waiting = {}
+
+    def fetch(step):
+        future = waiting.pop(step, None) or pool.submit(read, step)
+        batch = future.result()
+        if step + 1 < total:
+            waiting[step + 1] = pool.submit(read, step + 1)
+        return batch
+
+    return fetch
+
+
 def average(x):
     """The tensor x, averaged over the processes in place.
 
@@ -527,12 +566,55 @@ def ema_update(ema, model, decay):
 
 
 def set_learning_rate(opt, lr):
-    """The learning rate of all groups of an optimizer.
+    """The learning rate of all groups of an optimizer, times a group's own "factor" if it has one.
 
     Schedules are functions of the step in the method files: an object would be one more state to save.
     """
     for group in opt.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("factor", 1)
+
+
+class MuonAdamW:
+    """Muon for some matrices, AdamW for the rest, behind the face of one optimizer.
+
+    Muon makes each update orthogonal (Jordan 2024); scaled to the size of AdamW's (Liu et al., 2502.16982),
+    it takes AdamW's learning rate times a factor and AdamW's weight decay. On small transformers it learns
+    in fewer steps, each of which costs more. Of the six papers none uses it.
+    """
+
+    def __init__(self, adamw, matrices, factor):
+        chosen = set(matrices)
+        decay = adamw.param_groups[0]["weight_decay"]
+        for group in adamw.param_groups:
+            group["params"] = [p for p in group["params"] if p not in chosen]
+        group = {"params": list(matrices), "factor": factor}
+        muon = torch.optim.Muon([group], lr=adamw.defaults["lr"], weight_decay=decay,
+                                adjust_lr_fn="match_rms_adamw")
+        self.both = (adamw, muon)
+        self.param_groups = [*adamw.param_groups, *muon.param_groups]
+
+    def step(self):
+        for opt in self.both:
+            opt.step()
+
+    def zero_grad(self):
+        for opt in self.both:
+            opt.zero_grad()
+
+    def state_dict(self):
+        return {"adamw": self.both[0].state_dict(), "muon": self.both[1].state_dict()}
+
+    def load_state_dict(self, state):
+        self.both[0].load_state_dict(state["adamw"])
+        self.both[1].load_state_dict(state["muon"])
+        self.param_groups = [*self.both[0].param_groups, *self.both[1].param_groups]
+
+
+def with_muon(adamw, blocks, factor):
+    """`adamw`, but the matrices in a module of blocks go to Muon at `factor` times the rate; 0: none do."""
+    if not factor:
+        return adamw
+    return MuonAdamW(adamw, [p for p in blocks.parameters() if p.ndim == 2], factor)
 
 
 # --- Runs ----------------------------------------------------------------------
@@ -949,6 +1031,68 @@ def read_log(path, step):
     return [line for line in found if line["step"] <= step]
 
 
+def share_blocks(make, count, size=100, start=0):
+    """Yield make(first, last) for each block of `size` of the rows start to count, in order, on all ranks.
+
+    Each rank makes every world()-th block and gets the others' from them. So all ranks must call it alike.
+    """
+    firsts = range(start, count, size)
+    for turn in range(0, len(firsts), world()):
+        round_ = firsts[turn:turn + world()]
+        mine = None
+        if rank() < len(round_):
+            first = round_[rank()]
+            mine = make(first, min(count, first + size))
+        blocks = [mine]
+        if world() > 1:
+            blocks = [None] * world()
+            dist.all_gather_object(blocks, mine)
+        yield from blocks[:len(round_)]
+
+
+def stored_rows(path, make, count, recipe, size=100):
+    """An array (count, ...) of which make(first, last) gives rows, as tensors on the CPU; memory-mapped.
+
+    Made once and kept in `path` (.npy). PATH.json says how many rows are there and of what `recipe`: an
+    interrupted run goes on behind them, and another recipe (a string: all that rows depend on) begins anew.
+    All ranks call it; they share the work, and rank 0 writes.
+    """
+    note = Path(f"{path}.json")
+    done = 0
+    if path.exists() and note.exists():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            found = json.loads(note.read_text())
+            done = found["rows"] if found["recipe"] == recipe else 0
+    barrier()                                                   # all have read it
+    array = None
+    blocks = share_blocks(make, count, size, done)
+    hidden = rank() > 0 or None
+    bar = tqdm(total=count, initial=done, desc=path.name, unit="row", disable=hidden, leave=False)
+    for block in blocks:
+        if rank() == 0:
+            rows = block.numpy()
+            if array is None:
+                mode = "r+" if done else "w+"
+                array = np.lib.format.open_memmap(path, mode, rows.dtype, (count, *rows.shape[1:]))
+            array[done:done + len(rows)] = rows
+            array.flush()
+            write_json(note, {"rows": done + len(rows), "recipe": recipe})
+        done += len(block)
+        bar.update(len(block))
+    bar.close()
+    barrier()
+    return np.load(path, mmap_mode="r")
+
+
+def fingerprint(module):
+    """A digest of all tensors of a module: what was computed with it depends on it."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 # --- Weights from files --------------------------------------------------------
 #
 # Foreign files are read as data: no code of theirs runs, and whatever is wrong with them is one line.
@@ -1059,6 +1203,32 @@ def load_teacher(path, channels, size):
     frozen = (alone[0] - beside[0]).abs().max() <= 1e-3 * beside.abs().max()
     require(frozen, f"--teacher {path}: an image's features change with the call; export it after .eval()")
     return features
+
+
+def init_state(cfg, model, name="ema", new=()):
+    """The state that --init's checkpoint has for `model`; UserError where it does not fit.
+
+    name: what the checkpoint calls it; tables of classes, tensors named in `new`, stay the model's own where
+    their shape differs.
+    """
+    state = read_checkpoint(cfg.init, folder(cfg).parent.name, device_of(cfg))["state"]
+    found = state.get(name)
+    have = f"{cfg.init}: has no {name} to start from; it has {', '.join(state)}"
+    require(isinstance(found, dict) and all(map(torch.is_tensor, found.values())), have)
+    own = model.state_dict()
+    found = {key: own[key] if key in new and key in own and value.shape != own[key].shape else value
+             for key, value in found.items()}
+    for key in dict.fromkeys([*own, *found]):
+        ours = list(own[key].shape) if key in own else "nothing"
+        theirs = list(found[key].shape) if key in found else "nothing"
+        require(ours == theirs, f"{cfg.init}: does not fit: {key} is {theirs} there and {ours} here")
+    return found
+
+
+def load_init(cfg, model, name="ema", new=()):
+    """--init: begin with another run's averaged weights (init_state); with --resume the run's own count."""
+    if cfg.init and not cfg.resume:
+        load_into({name: model}, {"state": {name: init_state(cfg, model, name, new)}}, cfg.init)
 
 
 # --- Sampling of tokens --------------------------------------------------------
@@ -1289,6 +1459,10 @@ def export_images(path, blocks, count):
     PATH.npz: arr_0, uint8 (count, H, W, C), which the evaluation suite of guided diffusion (ADM) reads. Any
     other path: a folder of PNGs, which pytorch-fid, clean-fid and torch-fidelity read.
     """
+    if rank() > 0:                                              # it takes part in making the blocks
+        for _ in blocks:
+            pass
+        return
     pixels = (to_uint8(block).permute(0, 2, 3, 1).numpy() for block in blocks)
     if Path(path).suffix == ".npz":
         write_atomic(path, lambda file: write_npz(file, pixels, count))

@@ -1,5 +1,6 @@
 """The mechanics of common.py, tried on a toy method: a line through points, in a file of its own."""
 
+import copy
 import errno
 import hashlib
 import importlib
@@ -13,9 +14,11 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ET
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,7 +189,7 @@ def is_one_line(err):
     (["--steps", "0"], ">= 1"), (["--batch", "-8"], ">= 1"), (["--log", "0"], "--log"),
     (["--lr", "0"], "> 0"), (["--lr", "nan"], "> 0"), (["--lr", "inf"], "> 0"),
     (["--name", "../out"], "letters"), (["--name", ".."], "letters"), (["--device", "tpu"], "tpu"),
-    (["--batch", "7", "--gpus", "2"], "multiple of the 2 processes"), (["--calls", "0"], "--calls 0"),
+    (["--batch", "7", "--gpus", "2"], "multiple of 2,"), (["--calls", "0"], "--calls 0"),
     (["--calls", "0", "--gpus", "2"], "--calls 0"), (["--sample", "none.pt"], "No such file"),
 ])
 def test_a_mistake_is_one_line_and_exit_2(run, words, said):
@@ -1380,6 +1383,143 @@ def test_noise_in_shards_is_the_same_for_any_number_of_ranks(monkeypatch):
     assert torch.equal(pair[:, :64], torch.randn(2, 64, 3, generator=common.make_generator(1, 2, "noise")))
 
 
+def test_parts_of_a_batch():
+    batch = (torch.arange(6), {"x": torch.arange(12).view(6, 2), "n": 3, "t": torch.tensor(1.5), "none": None})
+    found = list(common.in_parts(3, *batch))
+    assert len(found) == 3 and [part[0].tolist() for part in found] == [[0, 1], [2, 3], [4, 5]]
+    assert torch.equal(torch.cat([part[1]["x"] for part in found]), batch[1]["x"])
+    assert all(part[1]["n"] == 3 and part[1]["t"] == 1.5 and part[1]["none"] is None for part in found)
+
+
+def test_reading_ahead_reads_each_step_once_and_one_step_before():
+    asked = []
+
+    def read(step):
+        asked.append(step)
+        return step * step
+
+    assert common.read_ahead(read, torch.device("cpu"), 9) is read
+    fetch = common.read_ahead(read, torch.device("cuda"), 7)
+    assert [fetch(step) for step in range(3, 7)] == [9, 16, 25, 36] and asked == [3, 4, 5, 6]
+
+
+def test_what_reading_ahead_raises_is_raised_where_it_is_wanted():
+    def read(step):
+        raise common.UserError(f"step {step} cannot be read")
+
+    with pytest.raises(common.UserError, match="step 3"):
+        common.read_ahead(read, torch.device("cuda"), 7)(3)
+
+
+def ranks(monkeypatch, count, run):
+    """run() in `count` threads that take themselves for ranks and exchange objects as torch.distributed would."""
+    place = threading.local()
+    desk = [None] * count
+    gate = threading.Barrier(count, timeout=20)
+
+    def all_gather(found, mine):
+        desk[place.rank] = mine
+        gate.wait()
+        found[:] = desk
+        gate.wait()
+
+    def worker(number):
+        place.rank = number
+        return run()
+
+    monkeypatch.setattr(common, "world", lambda: count)
+    monkeypatch.setattr(common, "rank", lambda: place.rank)
+    monkeypatch.setattr(common, "barrier", lambda: gate.wait() if count > 1 else None)
+    monkeypatch.setattr(common.dist, "all_gather_object", all_gather)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(worker, range(count)))
+
+
+@pytest.mark.parametrize("count", (1, 2, 3))
+def test_blocks_are_shared_out_and_come_in_order_on_all_ranks(monkeypatch, count):
+    made = []
+
+    def make(first, last):
+        made.append((first, last))
+        return torch.arange(first, last)
+
+    for found in ranks(monkeypatch, count, lambda: list(common.share_blocks(make, 11, 3, 1))):
+        assert [block.tolist() for block in found] == [[1, 2, 3], [4, 5, 6], [7, 8, 9], [10]]
+    assert sorted(made) == [(1, 4), (4, 7), (7, 10), (10, 11)], "each block once"
+
+
+def test_stored_rows_are_made_once_and_go_on_where_they_were_cut(tmp_path, monkeypatch):
+    path = tmp_path / "rows.npy"
+    asked = []
+
+    def make(first, last):
+        asked.append(first)
+        if first == cut:
+            raise KeyboardInterrupt
+        return torch.stack([torch.arange(first, last), torch.arange(first, last) ** 2], 1)
+
+    want = np.stack([np.arange(10), np.arange(10) ** 2], 1)
+    cut = 6
+    with pytest.raises(KeyboardInterrupt):
+        common.stored_rows(path, make, 10, "a", 3)
+    cut = None
+    found = common.stored_rows(path, make, 10, "a", 3)
+    assert isinstance(found, np.memmap) and np.array_equal(found, want) and asked == [0, 3, 6, 6, 9]
+    assert np.array_equal(common.stored_rows(path, make, 10, "a", 3), want) and len(asked) == 5, "nothing again"
+    assert np.array_equal(common.stored_rows(path, make, 10, "b", 5), want) and asked[5:] == [0, 5], "another recipe"
+    Path(f"{path}.json").write_text("{")
+    assert np.array_equal(common.stored_rows(path, make, 10, "b", 5), want) and asked[7:] == [0, 5], "a damaged note"
+    shared = tmp_path / "shared.npy"
+    for found in ranks(monkeypatch, 2, lambda: common.stored_rows(shared, make, 10, "a", 3)):
+        assert np.array_equal(found, want)
+    assert sorted(asked[9:]) == [0, 3, 6, 9], "the ranks share the work"
+
+
+def test_a_fingerprint_is_of_every_bit_and_name():
+    net = nn.Linear(3, 2)
+    first = common.fingerprint(net)
+    assert first == common.fingerprint(copy.deepcopy(net)) != common.fingerprint(nn.Sequential(net))
+    with torch.no_grad():
+        net.bias[1] += 1e-3
+    assert common.fingerprint(net) != first
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    """One step of Muon by hand: the update has singular values near 1, times .2 sqrt(larger side), times lr."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"blocks": nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)), "out": nn.Linear(4, 2)})
+    twin = copy.deepcopy(net)
+
+    def optimizer(net):
+        groups = [{"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": 0.0},
+                  {"params": [p for p in net.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=1.0)
+
+    plain = optimizer(twin)
+    assert common.with_muon(plain, twin["blocks"], 0) is plain
+    opt = common.with_muon(optimizer(net), net["blocks"], 3)
+    for network, chosen in ((net, opt), (twin, plain)):
+        for p in network.parameters():
+            p.grad = torch.linspace(-1, 2, p.numel()).view_as(p).sin()
+        common.set_learning_rate(chosen, 1e-2)
+        chosen.step()
+    matrices = [p for p in net["blocks"].parameters() if p.ndim == 2]
+    assert torch.equal(net["out"].weight, twin["out"].weight)
+    assert torch.equal(net["blocks"][0].bias, twin["blocks"][0].bias)
+    torch.manual_seed(0)
+    start = nn.Linear(6, 4).weight
+    step = (start - matrices[0]) / (3e-2 * 0.2 * 6 ** 0.5)
+    values = torch.linalg.svdvals(step)
+    assert values[0] < 1.3 and (values[:2] > 0.6).all() and [len(g["params"]) for g in opt.param_groups] == [1, 3, 2]
+    other = copy.deepcopy(net)
+    again = common.with_muon(optimizer(other), other["blocks"], 3)
+    again.load_state_dict(opt.state_dict())
+    assert len(again.state_dict()["muon"]["state"]) == 2
+    common.set_learning_rate(again, 5e-3)
+    assert [group["lr"] for group in again.param_groups] == [5e-3, 5e-3, 1.5e-2]
+    again.zero_grad()
+
+
 def test_gradients_in_buckets(toy):
     """Two processes, buckets of every size, parameters of two types, one unused: the mean, in every case."""
     Path("buckets.py").write_text("""
@@ -1405,3 +1545,36 @@ dist.destroy_process_group()
     for worker in workers:
         out, err = worker.communicate(timeout=90)
         assert worker.returncode == 0 and out.strip() == "fine", err
+
+
+def test_init_takes_the_averaged_weights_but_tables_of_classes(toy):
+    def net(classes, width=3):
+        return nn.ModuleDict({"body": nn.Linear(width, 3), "label": nn.Embedding(classes, 3)})
+
+    first = net(4)
+    run = common.Run(toy.Config(name="first", steps=1))
+    for step in run.steps(run.restore(model=net(4), ema=first)):
+        run.save(step)
+    cfg = toy.Config(name="second")
+    cfg.init = ""
+    same, other = net(4), net(7)
+    untouched = copy.deepcopy(same.state_dict())
+    common.load_init(cfg, same)
+    cfg.init = "runs/toy/first/last.pt"
+    cfg.resume = True
+    common.load_init(cfg, same)
+    assert all(torch.equal(value, untouched[key]) for key, value in same.state_dict().items()), "resume wins"
+    cfg.resume = False
+    table = other["label"].weight.detach().clone()
+    common.load_init(cfg, same, new=("label.weight",))
+    common.load_init(cfg, other, new=("label.weight",))
+    assert torch.equal(same["label"].weight, first["label"].weight), "the averaged weights"
+    assert torch.equal(other["body"].weight, first["body"].weight) and torch.equal(other["label"].weight, table)
+    with torch.device("meta"):
+        meta = net(7)
+    assert common.init_state(cfg, meta, new=("label.weight",))["body.weight"].shape == (3, 3)
+    for model, name, said in ((net(7), "ema", r"label.weight is \[4, 3\] there and \[7, 3\] here"),
+                              (net(4, 5), "ema", r"body.weight is \[3, 3\] there and \[3, 5\] here"),
+                              (nn.Linear(3, 3), "ema", "weight is nothing there"), (same, "gpt", "has no gpt")):
+        with pytest.raises(common.UserError, match=said):
+            common.init_state(cfg, model, name)

@@ -340,6 +340,16 @@ def test_open_shapes():
     assert len(data.open_data("shapes", size=8)) == 20000
 
 
+def test_floats_of_all_bytes_are_those_of_the_formula_on_every_device():
+    images = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16).repeat(2, 0)
+    found = data.Data(images, np.zeros(2, int))
+    want = torch.from_numpy(images[:1]).float() / 127.5 - 1
+    for x in (found.pixels([1]), found.pixels(torch.tensor([0]), torch.device("cpu"))):
+        assert x.dtype == torch.float32 and torch.equal(x.view(torch.int32), want.view(torch.int32))
+    assert torch.equal(found.bytes([1]), torch.from_numpy(images[1:]))
+    assert found.pixels([0, 1], "meta").shape == (2, 1, 16, 16) and found.bytes([0], "meta").dtype == torch.uint8
+
+
 def test_pixels_are_the_same_bits_for_every_value():
     values = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
     found = data.Data(values, np.zeros(1, int))
