@@ -129,24 +129,29 @@ TARGET = 0.61
 #      C_(r-1) - C_s is the decay by the images between s and r, without both.
 
 
+def softmax_attention(q, k, v, scale):
+    """Softmax inside images: q, k, v (B, n, H, N, d) -> (B, n, H, N, d). Fast kernels want four axes."""
+    flat = [x.flatten(0, 1) for x in (q, k, v)]                                        # each (B*n, H, N, d)
+    return F.scaled_dot_product_attention(*flat, scale=scale).unflatten(0, q.shape[:2])      # (B, n, H, N, d)
+
+
 def hybrid(q, k, v, log_decay, S, query_decay=True):
-    """Hybrid attention as a loop over the images (A15, A16, A17, A18).
+    """Hybrid attention (A15, A16, A17, A18): a loop over the images for what depends on their order.
 
     q, k, v (B, n, H, N, d), k already times d^-1/2; log_decay g (B, n, H, N); S (B, H, d, d), at first zeros.
     Returns the outputs (B, n, H, N, d), and S behind the last image.
     """
-    outputs = []
-    for Q, K, V, g in zip(q.unbind(1), k.unbind(1), v.unbind(1), log_decay.unbind(1)):
-        # An image looks at all of itself, and through S at the images before it.
-        inside = F.scaled_dot_product_attention(Q, K, V, scale=1.0)                             # (B, H, N, d)
-        past = Q @ S                                                                            # (B, H, N, d)
-        if query_decay:
-            past = g.cumsum(-1).exp()[..., None] * past                                         # (B, H, N, d)
-        outputs.append(inside + past)
-        # Then S fades and takes the image in.
-        gamma = g.mean(-1).exp()[..., None, None]                                               # (B, H, 1, 1)
-        S = gamma * S + K.mT @ V                                                                # (B, H, d, d)
-    return torch.stack(outputs, 1), S                                          # (B, n, H, N, d), (B, H, d, d)
+    added = k.mT @ v                                                                         # (B, n, H, d, d)
+    gamma = log_decay.mean(-1).exp()[..., None, None]                                        # (B, n, H, 1, 1)
+    states = [S]
+    for i in range(q.shape[1]):
+        states.append(gamma[:, i] * states[i] + added[:, i])        # A18: this alone goes in order
+    # An image looks at all of itself, and through its S at the images before it.
+    inside = softmax_attention(q, k, v, scale=1.0)                                           # (B, n, H, N, d)
+    past = q @ torch.stack(states[:-1], 1)                                                   # (B, n, H, N, d)
+    if query_decay:
+        past = log_decay.cumsum(-1).exp()[..., None] * past                                  # (B, n, H, N, d)
+    return inside + past, states[-1]                                           # (B, n, H, N, d), (B, H, d, d)
 
 
 def hybrid_matrix(q, k, v, log_decay, query_decay=True):
@@ -233,7 +238,8 @@ class PlainAttention(nn.Module):
     def forward(self, x, c, S):
         """As Attention.forward; c is unused and S comes back unchanged."""
         q, k, v = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, -1))  # each (B, n, H, N, d)
-        o = F.scaled_dot_product_attention(q, k, v).transpose(2, 3).flatten(3)                  # (B, n, N, D)
+        o = softmax_attention(q, k, v, scale=q.shape[-1] ** -0.5)                            # (B, n, H, N, d)
+        o = o.transpose(2, 3).flatten(3)                                                        # (B, n, N, D)
         return self.out(o), S                                                     # (B, n, N, D), (B, H, d, d)
 
 
