@@ -759,7 +759,7 @@ TINY = ["--size", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps
     (["--data", "npz:nowhere.npz"], "nowhere.npz"),
     (["--data", "latents:nowhere.npz"], "nowhere.npz"),
     (["--sample", "nowhere.pt"], "nowhere.pt"),
-    (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
+    (["--batch", "3", "--gpus", "2"], "multiple of 2"),
 ])
 def test_bad_input_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
