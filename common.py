@@ -1474,18 +1474,22 @@ def export_images(path, blocks, count):
             number += 1
 
 
-def write_npz(file, blocks, count):
-    """An uncompressed npz of one array arr_0, uint8 (count, H, W, C), from blocks of its rows.
+def write_npz(file, blocks, count, name="arr_0", **others):
+    """An uncompressed npz of one array `name` (count, ...) from blocks of its rows and small others.
 
-    np.savez would want all of it at once; here the header comes first and each block follows.
+    np.savez would want all of it at once; here a header comes first and each block follows.
     """
-    with zipfile.ZipFile(file, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
-        for i, block in enumerate(blocks):
-            if i == 0:
-                shape = (count, *block.shape[1:])
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
-            member.write(np.ascontiguousarray(block).tobytes())
+    with zipfile.ZipFile(file, "w") as archive:
+        for key, array in others.items():
+            with archive.open(f"{key}.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(array))
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            for i, block in enumerate(blocks):
+                if i == 0:
+                    kind = np.lib.format.dtype_to_descr(block.dtype)
+                    header = {"descr": kind, "fortran_order": False, "shape": (count, *block.shape[1:])}
+                    np.lib.format.write_array_header_1_0(member, header)
+                member.write(np.ascontiguousarray(block).tobytes())
 
 
 def svg(path, width, height, parts):

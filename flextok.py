@@ -1,8 +1,8 @@
 """FlexTok: Resampling Images into 1D Token Sequences of Flexible Length (arXiv 2502.13967)
 
-An image becomes R ordered tokens, and every prefix of them is a picture. Nested dropout makes the order: the
-decoder sees the first k tokens, k random, so the first must say most. A flow decoder makes the picture: it
-invents what the tokens leave open instead of averaging over it. A GPT writes as many tokens as a task needs.
+An image becomes R ordered tokens, and every prefix of them is a picture: the decoder sees the first k alone,
+k random (nested dropout), so the first must say most. Being a flow, it invents what the tokens leave open
+instead of averaging over it. A GPT writes as many tokens as a task needs.
 
     [patches | registers] -> encoder -> FSQ -> id 1 ... id R     register i sees patches and registers 1 to i
     [noised patches | id 1 ... id k, mask ... mask] -> decoder -> velocity of the patches
@@ -13,16 +13,14 @@ Run:      python flextok.py                          3 minutes: one-step error .
           python flextok.py --preset d18-d28 --data latents:imagenet256.npz --teacher dinov2.pt2 --gpus 8
           python flextok.py --sample runs/flextok/demo/ar.pt --classes 6,9 --keep 4
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --data shapes --encode tokens.npz
-          python flextok.py --sample runs/flextok/demo/tokenizer.pt --decode tokens.npz --keep 2
           python flextok.py --name words --condition text          and then draw what a sentence asks for:
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Without the paper's
           text at hand, F1 to F33 number equations in this file's order, "published" is the official code and
           configuration, "reported" what others write of the paper, "paper unknown" a guess.
 Scaled:   the demo (PRESETS): sizes, batch, rates, EMA, null, std, shift, guidance; no flips, crops or REPA.
-Left out: muP but for its logit scale; the VAE (pixels are their own latent, `latents:` reads cached ones);
-          DINOv2 and FLAN-T5-XL: --teacher loads a network, --text its states; small stand-ins train here.
-          REPA's teacher sees images: beside latents their file must hold them. Latents get no crops.
+Left out: muP but for its logit scale; the VAE (pixels are their own latent; `latents:` reads cached ones and
+          crops none); DINOv2, FLAN-T5-XL: --teacher loads a network, --text its states; stand-ins train here.
 Letters:  B images, C channels, h w sides, p patch side, P patches, R registers/tokens, N positions, D width,
           H heads, d = D/H, Q numbers a token, V ids, L words, S features, u uniform. t: 1 noise, 0 image.
 CUDA:     never run on CUDA.
@@ -34,6 +32,7 @@ import dataclasses
 import functools
 import math
 import re
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import common  # before torch: it says how torch's threads wait
@@ -47,9 +46,7 @@ import torch.nn.functional as F
 # --- Configuration -----------------------------------------------------------
 
 @dataclasses.dataclass
-class Config:
-    """Defaults are published, or marked: "reported", "paper unknown", "our choice" (see the top)."""
-
+class Config:   # defaults are published, or marked: "reported", "paper unknown", "our choice" (see the top)
     preset: str = "demo"                    # where the values below start from (PRESETS, under Training)
     data: str = "shapes"                    # shapes, cifar10, npz:PATH, folder:PATH or latents:PATH
     stage: Literal["all", "tokenizer", "ar"] = "all"    # what to train
@@ -58,6 +55,7 @@ class Config:
     channels: int = 16                      # >= 1: its channels C
     flip: bool = True                       # mirror each image with probability 1/2; reported for stage ar
     crop: float = 1.1                       # in [1, 10]: stage ar enlarges so much, then crops; our choice
+    crops: int = 10                         # >= 0: of an image, encoded once; 0: afresh each step; reported
     patch: int = 2                          # >= 1: patch side p
     registers: int = 256                    # >= 1: R, tokens an image
     levels: str = "8,8,8,5,5,5"             # FSQ levels; their product is the number of ids V
@@ -82,6 +80,7 @@ class Config:
     steps_tokenizer: int = 0                # >= 0: of stage tokenizer; 0: --steps
     steps_ar: int = 0                       # >= 0: of stage ar; 0: --steps
     batch: int = 1024                       # >= 1: images a step, over all processes; reported for stage ar
+    accumulate: int = 1                     # >= 1: equal parts of a process's batch, one after the other
     lr: float = 3e-4                        # > 0: peak learning rate of the tokenizer; paper unknown
     lr_ar: float = 1.2e-3                   # > 0: of the GPT: reported for 49M, which is --gpt 10
     warmup: float = 0.1                     # in [0, 1]: share of steps of rising rate; reported for stage ar
@@ -100,20 +99,21 @@ class Config:
     count: int = 500                        # >= 1: test images measured, or rows of a picture of --sample
     encode: str = ""                        # with --sample: write the tokens of --data to FILE.npz
     decode: str = ""                        # with --sample: draw the tokens of FILE.npz
+    export: str = ""                        # with --sample: images to NAME.npz (ADM) or, PNGs, a folder
     seed: int = 0                           # every random number is a function of (seed, step)
     gpus: int = 1                           # >= 1: processes, one a GPU; without GPUs they share the CPU
     device: str = "auto"                    # auto, cpu or cuda
     bf16: bool = False                      # bf16 autocast on CUDA, in training and --encode; not FSQ, norms
     compile: bool = False                   # torch.compile for the blocks; on a CPU minutes before step 1
     name: str = ""                          # run folder runs/flextok/NAME; default: the preset
+    init: str = ""                          # checkpoint whose weights this run starts from
     resume: bool = False                    # go on with runs/flextok/NAME in its first unfinished stage
     sample: str = ""                        # checkpoint to use, instead of training
     out: str = ""                           # folder for what --sample writes; default: samples/ beside it
     log: int = 100                          # >= 1: steps between log lines
     save: int = 5000                        # >= 1: steps between checkpoints
-    sampling: ClassVar = (                  # what --sample may change
-        "data", "objects", "num_steps", "cfg_scale", "cfg_schedule", "apg", "cfg_scale_ar", "temperature",
-        "top_k", "top_p", "keep", "classes", "prompt", "count", "encode", "decode")
+    sampling: ClassVar = ("data", "objects", "num_steps", "cfg_scale", "cfg_schedule", "apg", "cfg_scale_ar",
+        "temperature", "top_k", "top_p", "keep", "classes", "prompt", "count", "encode", "decode", "export")
 
 
 # --- Building blocks ---------------------------------------------------------
@@ -499,7 +499,7 @@ class GPT(nn.Module):
         V = math.prod(parse_levels(cfg.levels))
         self.names = names
         self.is_text = cfg.condition == "text"
-        self.register_buffer("empty", empty)
+        self.register_buffer("empty", empty.clone())
         self.table = nn.Embedding(V, D)
         self.head = nn.Linear(D, V, bias=False)
         self.start = nn.Parameter(torch.empty(D))
@@ -713,7 +713,7 @@ PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.
 PAPER_AR = dict(PAPER, stage="ar", encoder=18, decoder=28, steps=375_000)
 PAPER_TEXT = dict(PAPER_AR, condition="text", text="t5-xl.npy", cfg_scale_ar=3.0)
 PRESETS = {
-    "demo": dict(size=12, channels=3, flip=False, crop=1.0, registers=8, levels="8,5,5,5", encoder=2,
+    "demo": dict(size=12, channels=3, flip=False, crop=1.0, crops=1, registers=8, levels="8,5,5,5", encoder=2,
                  decoder=2, gpt=2, head=32, std=0.5, null=0.05, shift=8.0, repa=0.0, steps=4500,
                  steps_ar=2000, batch=16, lr=2e-3, lr_ar=3e-3, warmup=0.025, ema=0.995, num_steps=8,
                  cfg_scale=1.5, save=1000),
@@ -726,22 +726,32 @@ PRESETS |= {f"ar-d{n}": dict(PAPER_AR, gpt=n, lr_ar=1.2e-3 * 10 / n) for n in (1
 PRESETS |= {f"ar-text-d{n}": dict(PAPER_TEXT, gpt=n, lr_ar=1.2e-3 * 10 / n) for n in (12, 18, 26, 36)}
 TARGET = 0.047      # error at k = R, at most: mean + 4 s.d. of seeds 0 to 4, .0439 .0434 .0418 .0436 .0420
 SHORT_RUN = 100     # a run of fewer steps only tries the code: its judge stays untrained
+OF_DATA = ("condition.table.weight", "condition.position", "empty")     # a GPT has them of its data
 
-def draw_images(dataset, cfg, step, stage):
-    """Images or latents x (B, C, h, w), their index and flip (B,), and three more uniform draws (B,).
-
-    Drawn for all ranks on the CPU, then cut to this rank's share.
-    """
+def draw_index(dataset, cfg, step, stage):
+    """A step's images, index (B,), and four uniform draws (B,): for all ranks, cut to this rank's share."""
     cpu_generator = common.make_generator(cfg.seed, step, f"{stage} data")
-    index = common.shard(torch.randint(len(dataset), (cfg.batch,), generator=cpu_generator)).numpy()
-    # Four of five are used; fewer draws would change what numbers a seed gives.
-    u_flip, *others, _ = common.shard(torch.rand(cfg.batch, 5, generator=cpu_generator)).unbind(1)
-    flip = (u_flip < 0.5) & cfg.flip
+    index = torch.randint(len(dataset), (cfg.batch,), generator=cpu_generator)
+    # Of five columns four are used; another number would change what numbers a seed gives.
+    u = torch.rand(cfg.batch, 5, generator=cpu_generator)
+    return common.shard(index).numpy(), common.shard(u).unbind(1)[:4]
+
+
+def posterior_noise(dataset, cfg, step, stage, device):
+    """The noise (B, C, h, w) of a step's latents (F1), for this rank; 0 where nothing is to be drawn."""
+    if dataset.logvar is None:
+        return 0.0
+    shape = (cfg.batch, *dataset.images.shape[1:])
+    return common.shard_noise(shape, cfg.seed, step, f"{stage} posterior", device)
+
+
+def read_images(dataset, index, flip, noise, device):
+    """Images or latents x (B, C, h, w) of index (B,) on the device, mirrored where `flip` (B,)."""
     if dataset.latent:
-        flip &= dataset.mean_flip is not None
-        noise = torch.randn(cfg.batch, *dataset.images.shape[1:], generator=cpu_generator)
-        return dataset.latents(index, flip.numpy(), common.shard(noise)), index, flip, others
-    return mirror(dataset.pixels(index), flip), index, flip, others
+        x = dataset.latents(index, flip.numpy(), noise, device)
+    else:
+        x = mirror(dataset.pixels(index, device), flip.to(device))
+    return x.to(torch.get_default_dtype())                                                    # (B, C, h, w)
 
 
 def mirror(x, flip):
@@ -751,36 +761,88 @@ def mirror(x, flip):
 
 def draw(dataset, cfg, step, device):
     """One step's images, and the draws that loss_tokenizer names."""
-    x, index, flip, (u_time, u_length, u_null) = draw_images(dataset, cfg, step, "tokenizer")
+    index, (u_flip, u_time, u_length, u_null) = draw_index(dataset, cfg, step, "tokenizer")
+    flip = (u_flip < 0.5) & cfg.flip
+    if dataset.latent:
+        flip &= dataset.mean_flip is not None
+    drawn = posterior_noise(dataset, cfg, step, "tokenizer", device)
+    x = read_images(dataset, index, flip, drawn, device)
     noise = common.shard_noise((cfg.batch, *x.shape[1:]), cfg.seed, step, "tokenizer noise", device)
-    x = x.to(device, noise.dtype)
     draws = {"time": flow_time(u_time, cfg.time, cfg.shift), "noise": noise, "no_tokens": u_null < cfg.null,
-             "num_tokens": nested_lengths(u_length, cfg.registers, cfg.nested), "images": x}
+             "num_tokens": nested_lengths(u_length, cfg.registers, cfg.nested)}
+    draws = {name: value.to(device) for name, value in draws.items()}
+    draws["images"] = x
     if dataset.latent and cfg.repa:
-        draws["images"] = mirror(dataset.pixels(index), flip)
-    return x, {name: value.to(device) for name, value in draws.items()}
+        draws["images"] = mirror(dataset.pixels(index, device), flip.to(device))
+    return x, draws
 
 
 def random_crops(x, factor, u_row, u_column):
     """Images enlarged by a factor, then cut to their old size, each at its own place."""
     n = x.shape[-1]
     side = round(factor * n)
+    if side == n:
+        return x
     x = F.interpolate(x, (side, side), mode="bilinear")
     rows = (u_row * (side - n + 1)).long().tolist()
     columns = (u_column * (side - n + 1)).long().tolist()
-    return torch.stack([image[:, i:i + n, j:j + n] for image, i, j in zip(x, rows, columns)])  # (B, C, h, w)
+    return torch.stack([image[:, i:i + n, j:j + n] for image, i, j in zip(x, rows, columns)])
 
 
-def draw_ar(dataset, conditions, cfg, step, device):
-    """One step's images and conditions, and the draws that loss_ar names."""
-    x, index, _, (u_row, u_column, u_drop) = draw_images(dataset, cfg, step, "ar")
+@torch.no_grad()
+def encode_crops(tokenizer, dataset, cfg, index, u, noise):
+    """Ids (B, R) of images `index` (B,), mirrored and cropped by uniform draws u, three of (B,).
+
+    Latents get no crop: their file may hold those of ten crops of each image.
+    """
+    u_flip, u_row, u_column = u
+    flip = (u_flip < 0.5) & cfg.flip
+    x = read_images(dataset, index, flip, noise, common.device_of(cfg))
     if not dataset.latent:
-        # our choice: a fresh crop in every step; reported: the tokens of ten crops are stored. Latents get no
-        # crop: their file may hold those of ten crops of each image.
         x = random_crops(x, cfg.crop, u_row, u_column)
-    cond = torch.from_numpy(np.array(conditions[index]))
-    batch = x.to(device, torch.get_default_dtype()), cond.to(device)
-    return batch, {"drop": (u_drop < cfg.label_dropout).to(device)}
+    with common.autocast(cfg):
+        return tokenizer.tokenize(x)                                                                # (B, R)
+
+
+def store_tokens(tokenizer, dataset, cfg, run):
+    """Ids (M * crops, R) in a file of the run, where row i * crops + c is crop c of image i; or None.
+
+    reported: GPTs learn from the tokens of ten crops of each image, encoded once. A run that draws fewer
+    images than that would be encodes those that it draws.
+    """
+    count = len(dataset) * cfg.crops
+    if count == 0 or run.total * cfg.batch < count:
+        return None
+    kind = torch.uint16 if math.prod(parse_levels(cfg.levels)) <= 2 ** 16 else torch.int32
+
+    def encode(first, last):
+        cpu_generator = common.make_generator(cfg.seed, first, "crops")
+        ids = []
+        for rows in torch.arange(first, last).split(32):        # few enough for a processor's cache
+            noise = 0.0
+            if dataset.logvar is not None:
+                noise = torch.randn(len(rows), *dataset.images.shape[1:], generator=cpu_generator)
+            u = torch.rand(3, len(rows), generator=cpu_generator)
+            ids.append(encode_crops(tokenizer, dataset, cfg, rows.numpy() // cfg.crops, u, noise))
+        return torch.cat(ids).to(kind).cpu()
+
+    # All that a row depends on.
+    names = ("data", "objects", "size", "seed", "flip", "crop", "crops", "bf16")
+    recipe = {name: getattr(cfg, name) for name in names} | {"encoder": common.fingerprint(tokenizer.encoder)}
+    return common.stored_rows(run.folder / "tokens.npy", encode, count, repr(recipe), size=512)
+
+
+def draw_ar(tokenizer, dataset, stored, conditions, cfg, step, device):
+    """One step's ids and conditions, and the draws that loss_ar names; stored: of store_tokens."""
+    index, (*u, u_drop) = draw_index(dataset, cfg, step, "ar")
+    if stored is None:
+        noise = posterior_noise(dataset, cfg, step, "ar", device)
+        ids = encode_crops(tokenizer, dataset, cfg, index, u, noise)
+    else:
+        rows = index * cfg.crops + (u[0] * cfg.crops).long().numpy()
+        ids = torch.from_numpy(stored[rows].astype(np.int64)).to(device)
+    cond = torch.from_numpy(np.array(conditions[index])).to(device)
+    return (ids, cond), {"drop": (u_drop < cfg.label_dropout).to(device)}
 
 
 def learning_rate(cfg, step, stage="tokenizer"):
@@ -879,6 +941,16 @@ def load_gpt(cfg, path):
     return gpt.to(common.device_of(cfg)).requires_grad_(False)
 
 
+def init_name(cfg, stage):
+    """What --init's checkpoint calls a stage's averaged weights; "" where there are none to begin with."""
+    if not cfg.init or cfg.resume:
+        return ""
+    both = "tokenizer" in common.read_checkpoint(cfg.init, "flextok")["state"]      # of stage ar
+    if stage == "tokenizer":
+        return "tokenizer" if both else "ema"
+    return "ema" if both else ""
+
+
 def train_tokenizer(cfg):
     """Stage 1: encoder and decoder together (F2 to F24)."""
     device = common.device_of(cfg)
@@ -887,22 +959,26 @@ def train_tokenizer(cfg):
     run = common.Run(cfg, "tokenizer", classes=dataset.classes)
     run.seed_weights()
     model = Tokenizer(cfg, S).to(device)
+    common.load_init(cfg, model, init_name(cfg, "tokenizer"))
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg)
     start = run.restore(model=model, ema=ema, opt=opt)
     common.compile_blocks(cfg, [*model.encoder.blocks, *model.decoder.blocks])
+    read = common.read_ahead(lambda step: draw(dataset, cfg, step, device), device, run.total)
     for step in run.steps(start):
-        batch, draws = draw(dataset, cfg, step, device)
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step))
-        with common.autocast(cfg):
-            value, losses = loss_tokenizer(model, batch, draws, teacher)
         opt.zero_grad()
-        value.backward()
+        for part, part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                value, losses = loss_tokenizer(model, part, part_draws, teacher)
+            (value / cfg.accumulate).backward()
+            run.add(loss=value, **losses)
         common.average_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         common.ema_update(ema, model, cfg.ema)
-        run.log(step, loss=value, **losses)
+        run.log(step)
         run.save(step)
 
 
@@ -915,22 +991,30 @@ def train_ar(cfg):
     run = common.Run(cfg, "ar", classes=names)                      # of a text run: the words, for load_gpt
     run.seed_weights()
     model = GPT(cfg, names, empty).to(device)
+    if init_name(cfg, "ar"):
+        common.load_init(cfg, model, "ema", OF_DATA)
+        model.empty.copy_(empty)
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg, decay=0.05)
     start = run.restore(model=model, ema=ema, opt=opt, frozen={"tokenizer": tokenizer})
     common.compile_blocks(cfg, model.blocks)
+    stored = store_tokens(tokenizer, dataset, cfg, run)
+    draw_step = functools.partial(draw_ar, tokenizer, dataset, stored, conditions, cfg, device=device)
+    read = common.read_ahead(draw_step, device, run.total)
     for step in run.steps(start):
-        (x, cond), draws = draw_ar(dataset, conditions, cfg, step, device)
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step, "ar"))
-        with common.autocast(cfg):
-            value, losses = loss_ar(model, (tokenizer.tokenize(x), cond), draws)
         opt.zero_grad()
-        value.backward()
+        for part, part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                value, losses = loss_ar(model, part, part_draws)
+            (value / cfg.accumulate).backward()
+            run.add(loss=value, **losses)
         common.average_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         common.ema_update(ema, model, cfg.ema)
-        run.log(step, loss=value, **losses)
+        run.log(step)
         run.save(step)
 
 
@@ -968,8 +1052,11 @@ def check(cfg):
     if cfg.classes != "all":
         common.parse_classes(cfg.classes, 10 ** 9)      # the form alone; prepare knows how many there are
     require(cfg.prompt.strip(), "--prompt: is empty; give some words")
-    require(not (cfg.encode and cfg.decode), "--encode and --decode: give one of them")
-    require(cfg.sample or not (cfg.encode or cfg.decode), "--encode and --decode go with --sample CHECKPOINT")
+    require(not cfg.encode or not cfg.decode + cfg.export, "--encode: goes without --decode and --export")
+    asked = cfg.encode + cfg.decode + cfg.export
+    require(cfg.sample or not asked, "--encode, --decode and --export go with --sample CHECKPOINT")
+    latent = cfg.data.startswith("latents:")
+    require(not cfg.export or not latent, "--export: these are latents; decode them with their VAE")
     if not cfg.sample:
         words = cfg.condition == "text" and not cfg.text
         require(words or cfg.prompt == "captions", "--prompt: for a GPT that learns --condition text")
@@ -1003,12 +1090,19 @@ def prepare(cfg):
         check_tokenizer(cfg, cfg.tokenizer or common.require_stage(cfg, "tokenizer"))
     if cfg.stage != "tokenizer":
         _, names, empty = open_conditions(cfg, dataset)
-        common.require_memory(cfg, lambda: GPT(cfg, names, empty))
+        gpt = common.require_memory(cfg, lambda: GPT(cfg, names, empty))
+        if init_name(cfg, "ar"):
+            common.init_state(cfg, gpt, "ema", OF_DATA)
+        wanted = cfg.stage == "all" or not cfg.init or cfg.resume or init_name(cfg, "ar")
+        common.require(wanted, f"--init {cfg.init}: holds no GPT, with which --stage ar could begin")
         if cfg.condition == "class":
             common.parse_classes(cfg.classes, len(names))
         elif cfg.prompt != "captions":
             encode_captions([cfg.prompt], names, len(empty))
-    open_teacher(cfg, dataset)                          # refuses a bad file, or trains the judge, once
+    _, S = open_teacher(cfg, dataset)                   # refuses a bad file, or trains the judge, once
+    if cfg.stage != "ar" and init_name(cfg, "tokenizer"):
+        tokenizer = common.require_memory(cfg, lambda: Tokenizer(cfg, S))
+        common.init_state(cfg, tokenizer, init_name(cfg, "tokenizer"))
 
 
 def check_tokenizer(cfg, path):
@@ -1022,34 +1116,37 @@ def check_tokenizer(cfg, path):
 # --- Command line ------------------------------------------------------------
 
 
-def plain_images(dataset, rows):
+def plain_images(dataset, rows, device="cpu"):
     """Images (m, C, h, w) of a data set as they are.
 
     official code differs: it draws latents. Here they are means, so that an image has the same ids always.
     """
-    rows = np.asarray(rows)
-    x = dataset.latents(rows, np.zeros(len(rows), bool), 0.0) if dataset.latent else dataset.pixels(rows)
-    return x.to(torch.get_default_dtype())
+    unflipped = torch.zeros(len(rows), dtype=torch.bool)
+    return read_images(dataset, np.asarray(rows), unflipped, torch.zeros(1), device)
+
+
+def encode_rows(tokenizer, cfg, dataset, first, last):
+    """The ids (m, R) of images first to last, under autocast where stage ar tokenizes under it."""
+    x = plain_images(dataset, range(first, last), common.device_of(cfg))
+    with common.autocast(cfg):
+        return tokenizer.tokenize(x).cpu()
 
 
 def encode_images(tokenizer, cfg, dataset, count):
-    """The ids (M, R) of the first images of a data set, under autocast where stage ar tokenizes under it."""
-
-    def tokenize(rows):
-        return tokenizer.tokenize(plain_images(dataset, rows).to(common.device_of(cfg)))
-
-    rows = torch.arange(min(count, len(dataset)))               # on the CPU, where the data is
-    with common.autocast(cfg):
-        return common.in_blocks(tokenize, "cpu", rows)
+    """The ids (M, R) of the first images of a data set, in blocks."""
+    count = min(count, len(dataset))
+    firsts = range(0, count, 100)
+    return torch.cat([encode_rows(tokenizer, cfg, dataset, i, min(count, i + 100)) for i in firsts])
 
 
-def decode_tokens(tokenizer, cfg, ids):
-    """Images of token prefixes (M, k). Image i starts from the same noise at every k.
+def decode_tokens(tokenizer, cfg, ids, first=0):
+    """Images of token prefixes (M, k), numbered from `first`. Image i starts from the same noise at every k.
 
     official code differs: it decodes under bf16 autocast, this in fp32.
     """
-    generator = common.make_generator(cfg.seed, 0, "sample")
-    noise = torch.randn(len(ids), cfg.channels, cfg.size, cfg.size, generator=generator)
+    generator = common.make_generator(cfg.seed, first, "sample")
+    rows = len(ids) + -len(ids) % 100                   # whole hundreds: so no noise depends on how many
+    noise = torch.randn(rows, cfg.channels, cfg.size, cfg.size, generator=generator)[:len(ids)]
     return common.in_blocks(lambda n, i: sample(tokenizer, n, i, cfg), common.device_of(cfg), noise, ids)
 
 
@@ -1088,33 +1185,39 @@ def show_tokens(tokenizer, cfg, where):
     return lengths, [(decode_tokens(tokenizer, once, ids[:, :k]) - x).square().mean().item() for k in lengths]
 
 
-def chosen_conditions(gpt, cfg, count):
-    """`count` conditions that --classes, --text or --prompt name, and their names."""
+def chosen_conditions(gpt, cfg):
+    """Conditions (m, ...) that --classes, --text or --prompt name, taken in turn, and their names."""
     if cfg.condition == "class":
-        labels = np.resize(common.parse_classes(cfg.classes, len(gpt.names)), count)
-        return labels, [gpt.names[label] for label in labels]
+        labels = common.parse_classes(cfg.classes, len(gpt.names))
+        return np.array(labels), [gpt.names[label] for label in labels]
     if cfg.text:
         states = read_states(cfg.text)
         shape = tuple(gpt.empty.shape)
         fits = states.shape[1:] == shape
         common.require(fits, f"--text {cfg.text}: states {states.shape[1:]}; the GPT reads {shape}")
-        rows = np.arange(count) % len(states)
-        return states[rows], [f"row {i}" for i in rows]
-    texts = open_split(cfg, "test", count).captions if cfg.prompt == "captions" else [cfg.prompt]
-    texts = [texts[i % len(texts)] for i in range(count)]
+        return states, [f"row {i}" for i in range(len(states))]
+    texts = open_split(cfg, "test", cfg.count).captions if cfg.prompt == "captions" else [cfg.prompt]
     return encode_captions(texts, gpt.names, len(gpt.empty)), texts
+
+
+def draw_ids(gpt, cfg, conditions, first, last):
+    """Ids (m, k) of samples first to last, at most 100. k is --keep: more of them do not change the first."""
+    u = torch.rand(100, cfg.registers, generator=common.make_generator(cfg.seed, first, "tokens"))
+    u = u[:last - first, :num_kept(cfg)]
+    cond = torch.tensor(conditions[np.arange(first, last) % len(conditions)])
+    return common.in_blocks(functools.partial(generate, gpt, cfg=cfg), common.device_of(cfg), cond, u)
 
 
 def show_samples(tokenizer, gpt, cfg, where):
     """generation.png: a row a class or caption, a column a prefix length; the nearest training image."""
-    conditions, names = chosen_conditions(gpt, cfg, min(cfg.count, 10))
-    u = torch.rand(len(names), num_kept(cfg), generator=common.make_generator(cfg.seed, 0, "tokens"))
-    draw_ids = functools.partial(generate, gpt, cfg=cfg)
-    ids = common.in_blocks(draw_ids, common.device_of(cfg), torch.tensor(conditions), u)
+    conditions, names = chosen_conditions(gpt, cfg)
+    count = min(cfg.count, 10)
+    ids = draw_ids(gpt, cfg, conditions, 0, count)
+    rows = [names[i % len(names)][:40] for i in range(count)]
     extra = []
     if not cfg.sample and not cfg.data.startswith("latents"):
         extra = [("train", lambda last: common.nearest(last, open_split(cfg, "train")))]
-    show_prefixes(where / "generation.png", tokenizer, cfg, ids, [name[:40] for name in names], *extra)
+    show_prefixes(where / "generation.png", tokenizer, cfg, ids, rows, *extra)
 
 
 def report(cfg, path, where):
@@ -1136,36 +1239,72 @@ def report(cfg, path, where):
 def write_tokens(tokenizer, cfg):
     """--encode: the ids and labels of --data, and the levels that give ids their meaning."""
     dataset = open_split(cfg, "train")
-    ids = encode_images(tokenizer, cfg, dataset, len(dataset))
-    arrays = dict(ids=ids.int().numpy(), labels=dataset.labels, levels=np.array(parse_levels(cfg.levels)))
-    common.write_atomic(cfg.encode, lambda file: np.savez(file, **arrays))
+    encode = functools.partial(encode_rows, tokenizer, cfg, dataset)
+    blocks = (ids.int().numpy() for ids in common.share_blocks(encode, len(dataset)))
+    others = dict(labels=dataset.labels, levels=np.array(parse_levels(cfg.levels)))
+    if common.rank() == 0:
+        write = functools.partial(common.write_npz, blocks=blocks, count=len(dataset), name="ids", **others)
+        common.write_atomic(cfg.encode, write)
+    for _ in blocks:                                    # the other ranks take part in making them
+        pass
 
 
 def read_tokens(cfg):
-    """--decode: ids (M, k), at most --keep; UserError where they are no tokens of this codebook."""
+    """--decode: ids (M, k), at most --count and --keep; UserError where they are not of this codebook."""
     levels = parse_levels(cfg.levels)
-    with data.reading(cfg.decode), np.load(cfg.decode) as found:
-        ids = torch.from_numpy(found["ids"].astype(np.int64))
+    with data.reading(cfg.decode):
+        found = data.open_arrays(Path(cfg.decode))
+        ids = torch.from_numpy(found["ids"][:cfg.count].astype(np.int64))
         same = tuple(found["levels"].tolist()) == levels
     fine = same and ids.ndim == 2 and ids.numel() and 0 <= ids.min() and ids.max() < math.prod(levels)
     common.require(fine, f"--decode {cfg.decode}: holds no ids (M, k) of a codebook of levels {cfg.levels}")
     return ids[:, :num_kept(cfg)]
 
 
+def export_samples(tokenizer, gpt, cfg):
+    """--export: images of --keep tokens each: of FILE (--decode), of the GPT, or else of test images."""
+    count = cfg.count
+    if cfg.decode:
+        found = read_tokens(cfg)
+        count = len(found)
+    elif gpt:
+        conditions, _ = chosen_conditions(gpt, cfg)
+    else:
+        test = open_split(cfg, "test", count)
+        count = min(count, len(test))
+
+    def draw_block(first, last):
+        if cfg.decode:
+            ids = found[first:last]
+        elif gpt:
+            ids = draw_ids(gpt, cfg, conditions, first, last)
+        else:
+            ids = encode_rows(tokenizer, cfg, test, first, last)[:, :num_kept(cfg)]
+        return decode_tokens(tokenizer, cfg, ids, first)
+
+    common.export_images(cfg.export, common.share_blocks(draw_block, count), count)
+
+
 def use_checkpoint(cfg):
-    """--sample: encode, decode, or draw. Touches nothing but --encode's file and the folder of samples."""
+    """--sample: encode, export, decode or draw. Touches nothing but what it writes.
+
+    Processes share the work of --encode and --export; one draws pictures.
+    """
     gpt = load_gpt(cfg, cfg.sample)
     reads_words = gpt and gpt.is_text and not cfg.text
     common.require(reads_words or cfg.prompt == "captions", f"--prompt: {cfg.sample} never saw words")
     where = common.sample_folder(cfg)
     if cfg.encode:
         write_tokens(load_tokenizer(cfg, cfg.sample), cfg)
-    elif cfg.decode:
-        ids = read_tokens(cfg)[:min(cfg.count, 100)]
+    elif cfg.export:
+        export_samples(load_tokenizer(cfg, cfg.sample), gpt, cfg)
+    elif common.rank() == 0 and cfg.decode:
+        ids = read_tokens(cfg)[:100]
         show_prefixes(where / "decoded.png", load_tokenizer(cfg, cfg.sample), cfg, ids, ())
-    else:
+    elif common.rank() == 0:
         report(cfg, cfg.sample, where)
-    print(f"written: {cfg.encode or where}")
+    if common.rank() == 0:
+        print(f"written: {cfg.encode or cfg.export or where}")
     return 0
 
 

@@ -6,6 +6,7 @@ Oracles are written from the formulas (loops over tokens and images, closed form
 import copy
 import dataclasses
 import itertools
+import json
 import math
 import typing
 from pathlib import Path
@@ -16,6 +17,7 @@ import flextok
 from tests import ROOT, refused, shared
 from tests.official import convert
 from tests.official import flextok as convert_official
+from tests.test_common import ranks
 
 import numpy as np
 import pytest
@@ -773,7 +775,8 @@ def test_latents_are_drawn_from_their_posterior():
     cfg = config(batch=4, flip=True, repa=0.0)
     x, draws = flextok.draw(dataset, cfg, 3, torch.device("cpu"))
     draw = torch.Generator().manual_seed(common.make_generator(cfg.seed, 3, "tokenizer data").initial_seed())
-    index, u, noise = torch.randint(5, (4,), generator=draw), torch.rand(4, 5, generator=draw), torch.randn(4, 3, 6, 6, generator=draw)
+    index, u = torch.randint(5, (4,), generator=draw), torch.rand(4, 5, generator=draw)
+    noise = torch.randn(4, 3, 6, 6, generator=common.make_generator(cfg.seed, 3, "tokenizer posterior"))
     for b, i in enumerate(index):
         mean, logvar = ("mean_flip", "logvar_flip") if u[b, 0] < 0.5 else ("images", "logvar")
         z = parts[mean][i] + np.exp(parts[logvar][i] / 2) * noise[b].numpy()
@@ -855,7 +858,7 @@ def run(*argv):
     (["--repa", "1", "--teacher", "no.pt2"], "no.pt2"),
     (["--nested", "what"], "invalid choice"), (["--channels", "1"], "images (3, 12, 12); --channels, --size: (1, 12, 12)"), (["--crop", "0.5"], "--crop 0.5"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"), (["--data", "latents:nowhere.npz"], "nowhere.npz"),
-    (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of the 2"),
+    (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of 2"),
     (["--stage", "ar"], "runs/flextok/demo/tokenizer.pt is missing; `python flextok.py --preset demo --name demo --stage tokenizer` makes it"),
     (["--num_steps", "0"], "--num_steps 0"),
     (["--stage", "ar", "--repa", "0", "--tokenizer", "no.pt"], "no.pt"),
@@ -999,53 +1002,372 @@ def rate_by_hand(step, peak):
     return peak * (0.01 + 0.99 * (step / 3 if step < 3 else 0.5 + 0.5 * math.cos(math.pi * (step - 3) / 3)))
 
 
-def test_both_stages_by_value(tmp_path, monkeypatch):
-    """Two hand-written loops end in the weights of the run: F20 to F22, then F29, with every draw in its own place."""
+stream = common.make_generator
+BY_VALUE = ["--steps", "6", "--repa", "0", "--flip", "--null", "0.5", "--warmup", "0.5", "--ema", "0.9", "--crop", "1.5",
+            "--label_dropout", "0.5", "--shift", "1"]
+
+
+@pytest.fixture
+def double(tmp_path, monkeypatch):
+    """A folder of its own, and float64 throughout."""
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float64)
-    try:
-        run(*TINY, "--steps", "6", "--repa", "0", "--flip", "--null", "0.5", "--warmup", "0.5", "--ema", "0.9", "--crop", "1.5",
-            "--label_dropout", "0.5", "--shift", "1")
-        stored = {stage: torch.load(f"runs/flextok/demo/{stage}.pt", weights_only=True) for stage in ("tokenizer", "ar")}
-        cfg, stream = flextok.Config(**stored["tokenizer"]["config"]), common.make_generator
-        train = data.open_data("shapes", "train", 8, count=200)
+    yield
+    torch.set_default_dtype(torch.float32)
 
-        def batch(step, stage):
-            g = stream(0, step, f"{stage} data")
-            index, u = torch.randint(200, (4,), generator=g), torch.rand(4, 5, generator=g)
-            x = torch.from_numpy(train.images[index.numpy()]).float() / 127.5 - 1
-            return index, u, torch.stack([image.flip(2) if flip < 0.5 else image for image, flip in zip(x, u[:, 0])]).double()
 
-        torch.manual_seed(stream(0, 0, "tokenizer weights").initial_seed())
-        model = flextok.Tokenizer(cfg)
-        ema, opt = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-        for step in range(6):
-            _, u, x = batch(step, "tokenizer")
-            noise = torch.randn(4, 3, 8, 8, generator=stream(0, step, "tokenizer noise"))
-            t = 1 - u[:, 1] - 0.25 * (torch.cos(math.pi / 2 * u[:, 1]) ** 2 - 1 + u[:, 1])
-            k = torch.tensor([(1, 2, 4)[int(3 * a)] for a in u[:, 2]])
-            point = torch.stack([t[b] * noise[b] + (1 - t[b]) * x[b] for b in range(4)])
-            v = model.decoder(point, t, model.fsq(model.encoder(x))[0], k, u[:, 3] < 0.5)[0]
-            step_by_hand(model, ema, opt, (v - (noise - x)).square().mean(), rate_by_hand(step, 2e-3))
-        tokenizer = ema
+def saved_stages(name="demo"):
+    return {stage: torch.load(f"runs/flextok/{name}/{stage}.pt", weights_only=True) for stage in ("tokenizer", "ar")}
 
-        torch.manual_seed(stream(0, 0, "ar weights").initial_seed())
-        gpt = flextok.GPT(cfg, [*map(str, range(10))], torch.tensor(-1))
-        average, opt = copy.deepcopy(gpt), torch.optim.AdamW(gpt.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-        for step in range(6):
-            index, u, x = batch(step, "ar")
-            large = F.interpolate(x.float(), (12, 12), mode="bilinear").double()
-            x = torch.stack([image[:, int(5 * a):int(5 * a) + 8, int(5 * b):int(5 * b) + 8] for image, a, b in zip(large, u[:, 1], u[:, 2])])
-            ids = tokenizer.fsq(tokenizer.encoder(x))[1]
-            labels = torch.where(u[:, 3] < 0.5, -1, torch.from_numpy(train.labels[index.numpy()]))
-            value = -gpt(ids, labels).log_softmax(-1).gather(2, ids[..., None]).mean()
-            step_by_hand(gpt, average, opt, value, rate_by_hand(step, 3e-3))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for saved, parts in ((stored["tokenizer"], {"model": model, "ema": ema}), (stored["ar"], {"model": gpt, "ema": average, "tokenizer": ema})):
-        for part, module in parts.items():
-            for name, weight in module.state_dict().items():
-                close(saved["state"][part][name], weight, 1e-9)
+
+def drawn_by_hand(train, step, stage):
+    """Index, uniform draws, and mirrored images of a step of four."""
+    g = stream(0, step, f"{stage} data")
+    index, u = torch.randint(len(train), (4,), generator=g), torch.rand(4, 5, generator=g)
+    x = torch.from_numpy(train.images[index.numpy()]).float() / 127.5 - 1
+    return index, u, torch.stack([image.flip(2) if flip < 0.5 else image for image, flip in zip(x, u[:, 0])]).double()
+
+
+def crop_by_hand(image, u_row, u_column):
+    """8 pixels of 12, at one of five places each way."""
+    large = F.interpolate(image[None].float(), (12, 12), mode="bilinear")[0].double()
+    return large[:, int(5 * u_row):int(5 * u_row) + 8, int(5 * u_column):int(5 * u_column) + 8]
+
+
+def tokenizer_by_hand(cfg, train):
+    """Stage 1 in six steps: the tokenizer and its averages."""
+    torch.manual_seed(stream(0, 0, "tokenizer weights").initial_seed())
+    model = flextok.Tokenizer(cfg)
+    ema, opt = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    for step in range(6):
+        _, u, x = drawn_by_hand(train, step, "tokenizer")
+        noise = torch.randn(4, 3, 8, 8, generator=stream(0, step, "tokenizer noise"))
+        t = 1 - u[:, 1] - 0.25 * (torch.cos(math.pi / 2 * u[:, 1]) ** 2 - 1 + u[:, 1])
+        k = torch.tensor([(1, 2, 4)[int(3 * a)] for a in u[:, 2]])
+        point = torch.stack([t[b] * noise[b] + (1 - t[b]) * x[b] for b in range(4)])
+        v = model.decoder(point, t, model.fsq(model.encoder(x))[0], k, u[:, 3] < 0.5)[0]
+        step_by_hand(model, ema, opt, (v - (noise - x)).square().mean(), rate_by_hand(step, 2e-3))
+    return model, ema
+
+
+def gpt_by_hand(cfg, train, ids_of):
+    """Stage 2 in six steps on the ids that ids_of(step) gives: the GPT and its averages."""
+    torch.manual_seed(stream(0, 0, "ar weights").initial_seed())
+    model = flextok.GPT(cfg, [*map(str, range(10))], torch.tensor(-1))
+    ema, opt = copy.deepcopy(model), torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
+    for step in range(6):
+        index, u, _ = drawn_by_hand(train, step, "ar")
+        labels = torch.where(u[:, 3] < 0.5, -1, torch.from_numpy(train.labels[index.numpy()]))
+        value = -model(ids_of(step), labels).log_softmax(-1).gather(2, ids_of(step)[..., None]).mean()
+        step_by_hand(model, ema, opt, value, rate_by_hand(step, 3e-3))
+    return model, ema
+
+
+def same_weights(saved, **modules):
+    for part, module in modules.items():
+        for name, weight in module.state_dict().items():
+            close(saved["state"][part][name], weight, 1e-9)
+
+
+def test_both_stages_by_value(double):
+    """Two hand-written loops end in the weights of the run: F20 to F22, then F29, with every draw in its own place, a k
+    and a loss of tokens for every image alone, averages, clipped gradients, and a rate at its first, turning and last step."""
+    run(*TINY, *BY_VALUE)
+    saved = saved_stages()
+    cfg, train = flextok.Config(**saved["tokenizer"]["config"]), data.open_data("shapes", "train", 8, count=200)
+    model, tokenizer = tokenizer_by_hand(cfg, train)
+
+    def ids_of(step):
+        _, u, x = drawn_by_hand(train, step, "ar")
+        return tokenizer.fsq(tokenizer.encoder(torch.stack([crop_by_hand(*each) for each in zip(x, u[:, 1], u[:, 2])])))[1]
+
+    gpt, average = gpt_by_hand(cfg, train, ids_of)
+    same_weights(saved["tokenizer"], model=model, ema=tokenizer)
+    same_weights(saved["ar"], model=gpt, ema=average, tokenizer=tokenizer)
+
+
+def test_stage_ar_reads_the_tokens_of_crops_that_were_encoded_once(double, monkeypatch):
+    """Ten images of two crops each: 20 rows, where six steps draw 24 images. Of each image one crop is drawn afresh."""
+    train = data.open_data("shapes", "train", 8, count=10)
+    monkeypatch.setattr(flextok, "open_split", lambda cfg, split, count=0: data.open_data("shapes", split, 8, count=10))
+    run(*TINY, *BY_VALUE, "--crops", "2")
+    saved, folder = saved_stages(), Path("runs/flextok/demo")
+    cfg = flextok.Config(**saved["ar"]["config"])
+    tokenizer = flextok.load_tokenizer(cfg, folder / "tokenizer.pt")
+    u, images = torch.rand(3, 20, generator=stream(0, 0, "crops")), torch.from_numpy(train.images).float() / 127.5 - 1
+    crops = []
+    for row in range(20):
+        image = images[row // 2]
+        crops.append(crop_by_hand(image.flip(2) if u[0, row] < 0.5 else image, u[1, row], u[2, row]))
+    assert not any(torch.equal(a, b) for a, b in zip(crops[::2], crops[1::2]))
+    ids = tokenizer.fsq(tokenizer.encoder(torch.stack(crops)))[1]
+    kept = np.load(folder / "tokens.npy")
+    assert kept.dtype == np.uint16 and kept.tolist() == ids.tolist()
+
+    def ids_of(step):
+        index, u, _ = drawn_by_hand(train, step, "ar")
+        return ids[2 * index + (2 * u[:, 0]).long()]
+
+    gpt, average = gpt_by_hand(cfg, train, ids_of)
+    same_weights(saved["ar"], model=gpt, ema=average, tokenizer=tokenizer)
+    made = []
+    monkeypatch.setattr(flextok, "encode_crops", lambda *args, encode=flextok.encode_crops: made.append(1) or encode(*args))
+    run("--resume", "--name", "demo")
+    assert not made
+    run("--resume", "--name", "demo", "--steps_tokenizer", "7")         # another tokenizer: other tokens
+    assert made and np.load(folder / "tokens.npy").shape == (20, 4)
+
+
+def test_stored_rows_of_latents_are_draws_of_their_posterior(tmp_path):
+    """F1: every row another draw, of the image or its mirror; the file of a large codebook has wider numbers."""
+    g = np.random.default_rng(0)
+    parts = {name: g.normal(size=(5, 3, 6, 6)).astype(np.float32) for name in ("images", "logvar", "mean_flip", "logvar_flip")}
+    dataset = data.Data(labels=np.arange(5), latent=True, scale=0.7, **parts)
+    cfg, run = config(crops=8, batch=8, levels="60,40,40"), type("Run", (), dict(total=5, folder=tmp_path))
+    model = awake(flextok.Tokenizer(cfg)).float()
+    kept = flextok.store_tokens(model, dataset, cfg, run)
+    assert kept.dtype == np.int32 and len(kept) == 40
+    cpu_generator = stream(0, 0, "crops")
+    for start in (0, 32):
+        rows = torch.arange(start, min(start + 32, 40))
+        noise, u = torch.randn(len(rows), 3, 6, 6, generator=cpu_generator), torch.rand(3, len(rows), generator=cpu_generator)
+        z = torch.stack([torch.from_numpy(parts[mean][r // 8] + np.exp(parts[var][r // 8] / 2) * n.numpy()) for r, n, mean, var in zip(
+            rows, noise, *zip(*[("mean_flip", "logvar_flip") if flip < 0.5 else ("images", "logvar") for flip in u[0]]))])
+        assert torch.equal(torch.from_numpy(kept[rows.numpy()]).long(), model.tokenize(0.7 * z))
+    run.total = 4
+    assert flextok.store_tokens(model, dataset, cfg, run) is None       # fewer images than rows: they are encoded as they come
+    assert flextok.store_tokens(model, dataset, dataclasses.replace(cfg, crops=0), run) is None
+
+
+def test_parts_of_a_batch_learn_what_the_whole_does(double):
+    """--accumulate: the same weights after six steps of both stages, to rounding."""
+    run(*TINY, *BY_VALUE, "--repa", "1", "--name", "whole")
+    run(*TINY, *BY_VALUE, "--repa", "1", "--name", "parts", "--accumulate", "4")
+    whole, parts = saved_stages("whole"), saved_stages("parts")
+    for stage in whole:
+        for part in ("model", "ema"):
+            for name, weight in whole[stage]["state"][part].items():
+                close(parts[stage]["state"][part][name], weight, 1e-12)
+        lines = [Path(f"runs/flextok/{name}/log-{stage}.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+        for a, b in zip(*lines):
+            assert abs(json.loads(a)["loss"] - json.loads(b)["loss"]) < 1e-12
+
+
+def test_rates_at_the_first_the_turning_and_the_last_step():
+    """Each stage has its own peak and its own number of steps: up from 1 % of the peak, then a cosine down to 1 %."""
+    cfg = dataclasses.replace(flextok.Config(), steps_tokenizer=100, steps_ar=50, warmup=0.2, lr=2.0, lr_ar=3.0)
+    for stage, steps, peak in (("tokenizer", 100, 2.0), ("ar", 50, 3.0)):
+        rates = [flextok.learning_rate(cfg, step, stage) for step in range(steps + 1)]
+        turn = steps // 5
+        assert abs(rates[0] - 0.01 * peak) < 1e-12 and rates[turn] == max(rates) == peak and abs(rates[-1] - 0.01 * peak) < 1e-12
+        assert abs(rates[turn // 2] - 0.505 * peak) < 1e-12 and abs(rates[(steps + turn) // 2] - 0.505 * peak) < 1e-12
+        assert rates[turn - 1] < rates[turn] > rates[turn + 1]
+    assert flextok.learning_rate(cfg, 0) == flextok.learning_rate(cfg, 0, "tokenizer")
+    assert flextok.learning_rate(dataclasses.replace(cfg, warmup=0.0), 0) == 2.0
+
+
+def ranks_correlation(a, b):
+    return np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1]
+
+
+def test_no_two_draws_share_a_number(monkeypatch):
+    """Two draws from one place of one generator would go together over many steps; and no stream is begun twice."""
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 6, 6), np.uint8)
+    dataset, seen, begun = data.Data(images, np.arange(50)), [], []
+    monkeypatch.setattr(common, "make_generator", lambda *args, make=common.make_generator: begun.append(args[:3]) or make(*args))
+    cfg = config(batch=16, null=0.5, label_dropout=0.5, nested="uniform", repa=0.0, crop=1.5)
+    monkeypatch.setattr(flextok, "encode_crops", lambda tokenizer, dataset, cfg, index, u, noise: torch.stack(u, 1))
+    for step in range(40):
+        x, draws = flextok.draw(dataset, cfg, step, torch.device("cpu"))
+        plain = torch.from_numpy(images).float() / 127.5 - 1
+        flips = [min(float((plain - a.flip(-1)).abs().amax((1, 2, 3)).min()), 1.0) > 1e-6 for a in x]
+        place = [min((a - plain).abs().amax((1, 2, 3)).argmin().item() if not f else (a.flip(-1) - plain).abs().amax((1, 2, 3)).argmin().item(), 49)
+                 for a, f in zip(x, flips)]
+        (u, cond), ar = flextok.draw_ar(None, dataset, None, dataset.labels, cfg, step, torch.device("cpu"))
+        seen.append(torch.stack([torch.tensor(place), torch.tensor(flips), draws["time"], draws["num_tokens"], draws["no_tokens"],
+                                 draws["noise"].mean((1, 2, 3)), cond, *u.unbind(1), ar["drop"]]).double())
+    columns = torch.cat(seen, 1).numpy()
+    found = [(i, j) for i, j in itertools.combinations(range(len(columns)), 2) if abs(ranks_correlation(columns[i], columns[j])) > 0.16]
+    assert not found and len(begun) == len(set(begun)) == 3 * 40
+
+
+def test_a_lost_condition_is_the_one_that_says_nothing():
+    """A dropped class is -1, a dropped text the empty one, each for its own image."""
+    for kind in KINDS:
+        model, ids, cond = gpt(kind)
+        cond = cond[[0, 0, 0]]
+        dropped = cond.clone()
+        dropped[1] = model.empty
+        values = [flextok.loss_ar(model, (ids, c), {"drop": torch.tensor(drop)})[0]
+                  for c, drop in ((cond, [False, True, False]), (dropped, [False] * 3), (cond, [False] * 3))]
+        close(values[0], values[1], 1e-14)
+        assert abs(values[0] - values[2]) > 1e-6
+
+
+def test_reports_samples_and_checkpoints_hold_averaged_weights(trained, tmp_path, monkeypatch, capsys):
+    """Of the tokenizer of stage 1 and of its own GPT; what is measured are test images, by the one-step estimate."""
+    monkeypatch.chdir(tmp_path)
+    saved = {stage: torch.load(trained / f"demo/{stage}.pt", weights_only=True) for stage in ("tokenizer", "ar")}
+    for stage in saved:
+        assert list(saved[stage]["state"]) == ["model", "ema", "opt"] + ["tokenizer"] * (stage == "ar")
+        assert any(not torch.equal(a, b) for a, b in zip(saved[stage]["state"]["model"].values(), saved[stage]["state"]["ema"].values()))
+    cfg = flextok.Config(**saved["ar"]["config"])
+    for path, part in (("tokenizer", "ema"), ("ar", "tokenizer")):
+        ours = flextok.load_tokenizer(cfg, trained / f"demo/{path}.pt").state_dict()
+        assert all(torch.equal(value, saved["tokenizer"]["state"]["ema"][name]) for name, value in ours.items())
+        assert all(torch.equal(value, saved[path]["state"][part][name]) for name, value in ours.items())
+    ours = flextok.load_gpt(cfg, trained / "demo/ar.pt")
+    assert all(torch.equal(value, saved["ar"]["state"]["ema"][name]) for name, value in ours.state_dict().items())
+    assert not any(p.requires_grad for p in ours.parameters())
+    model = flextok.load_tokenizer(cfg, trained / "demo/tokenizer.pt")
+    x = torch.from_numpy(data.open_data("shapes", "test", 8, count=cfg.count).images).float() / 127.5 - 1
+    noise = torch.randn(100, 3, 8, 8, generator=stream(0, 0, "sample"))[:len(x)]
+    values, no = model.fsq(model.encoder(x))[0], torch.zeros(len(x), dtype=torch.bool)
+    lengths, errors = flextok.show_tokens(model, cfg, tmp_path)
+    assert lengths == [1, 2, 4] and len(x) == cfg.count == 6
+    for k, error in zip(lengths, errors):
+        once = noise - model.decoder(noise, torch.ones(len(x)), values, torch.full((len(x),), k), no)[0]
+        close(torch.tensor(error), (once - x).square().mean(), 1e-6)
+    run("--sample", str(trained / "demo/tokenizer.pt"), "--out", "here")
+    assert ", ".join(f"{error:.4f} (k={k})" for k, error in zip(lengths, errors)) in capsys.readouterr().out
+
+
+def starts(monkeypatch, *words):
+    """What each stage of a run begins with: [state of its model], before the first step."""
+    found = []
+    restore = common.Run.restore
+    monkeypatch.setattr(common.Run, "restore", lambda self, **objects: found.append(
+        {name: value.clone() for name, value in objects["model"].state_dict().items()}) or restore(self, **objects))
+    run(*words)
+    monkeypatch.setattr(common.Run, "restore", restore)
+    return found
+
+
+def test_init_begins_with_averaged_weights_of_other_data(trained, tmp_path, monkeypatch, capsys):
+    """Both stages, from either checkpoint; tables of classes and words are new where they do not fit."""
+    monkeypatch.chdir(tmp_path)
+    images_file("two.npz")
+    other = [*TINY, "--data", "npz:two.npz", "--seed", "3"]
+    plain = starts(monkeypatch, *other)
+    ar, text = (torch.load(trained / f"{name}/ar.pt", weights_only=True)["state"] for name in ("demo", "text"))
+    averaged = {key: value for key, value in ar["ema"].items() if key != "condition.table.weight"}
+    for path, gpt in (("ar.pt", averaged), ("tokenizer.pt", {})):
+        found = starts(monkeypatch, *other, "--init", str(trained / "demo" / path))
+        assert all(torch.equal(value, ar["tokenizer"][name]) for name, value in found[0].items())
+        assert all(torch.equal(value, gpt.get(name, plain[1][name])) for name, value in found[1].items())
+    found, = starts(monkeypatch, *other, "--stage", "ar", "--tokenizer", str(trained / "demo/tokenizer.pt"), "--init", str(trained / "demo/ar.pt"))
+    assert torch.equal(found["head.weight"], ar["ema"]["head.weight"]) and found["condition.table.weight"].shape == (2, 8)
+    _, found = starts(monkeypatch, *TINY, "--condition", "text", "--objects", "1", "--init", str(trained / "text/ar.pt"))
+    assert torch.equal(found["text.0.weight"], text["ema"]["text.0.weight"]) and len(found["empty"]) < len(text["ema"]["empty"])
+    made = {path for path in Path("runs/flextok").iterdir()}
+    for words, said in ((["--init", "none.pt"], "none.pt"), (["--init", str(trained / "demo/tokenizer.pt"), "--repa", "0"], "align.1.weight is"),
+                        (["--init", str(trained / "demo/ar.pt"), "--gpt", "2"], "start is [8] there and [16] here"),
+                        (["--stage", "ar", "--tokenizer", str(trained / "demo/tokenizer.pt"), "--init", str(trained / "demo/tokenizer.pt")], "holds no GPT")):
+        assert said in refused(run, [*other, *words, "--name", "new"], capsys), words
+    assert made == {path for path in Path("runs/flextok").iterdir()}
+    run("--resume", "--name", "demo-2")                                 # the run's own weights win, and no file is wanted
+
+
+def test_init_of_states_keeps_the_new_empty_one(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "--stage", "ar", "--tokenizer", str(trained / "demo/tokenizer.pt"), "--condition", "text", "--text", "states.npy"]
+    for name, init, value in (("a", [], 1), ("b", ["--init", "runs/flextok/a/ar.pt"], 2)):
+        np.save("states.npy", np.full((201, 3, 5), value, np.float16))
+        model, = starts(monkeypatch, *words, "--name", name, *init)
+        assert (model["empty"] == value).all()
+    first = torch.load("runs/flextok/a/ar.pt", weights_only=True)["state"]["ema"]
+    assert torch.equal(model["text.0.weight"], first["text.0.weight"])
+
+
+def exported(*words):
+    """The pictures that --export writes, uint8 (M, H, W, 3)."""
+    run(*words, "--export", "out.npz")
+    with np.load("out.npz") as found:
+        assert found.files == ["arr_0"]
+        return found["arr_0"]
+
+
+def test_export_of_samples_by_value(trained, tmp_path, monkeypatch):
+    """F28, F33: sample i has the draws of its block and the label of its turn, whatever is drawn beside it; so has its prefix."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--sample", str(trained / "demo/ar.pt"), "--classes", "3,5,7"]
+    pictures = exported(*words, "--count", "130")
+    cfg = flextok.Config(**torch.load(trained / "demo/ar.pt", weights_only=True)["config"])
+    tokenizer, gpt = flextok.load_tokenizer(cfg, trained / "demo/ar.pt"), flextok.load_gpt(cfg, trained / "demo/ar.pt")
+    for first, count in ((0, 100), (100, 30)):
+        u = torch.rand(100, 4, generator=stream(0, first, "tokens"))[:count]
+        noise = torch.randn(100, 3, 8, 8, generator=stream(0, first, "sample"))[:count]
+        labels = torch.tensor([(3, 5, 7)[i % 3] for i in range(first, first + count)])
+        ids = plain_generate(gpt, labels, u, cfg)
+        for k in (4, 2):
+            if k == 2:
+                shorter = exported(*words, "--count", "105", "--keep", "2")
+            got = (pictures if k == 4 else shorter)[first:first + count]
+            x = flextok.sample(tokenizer, noise, ids[:, :k], cfg)[:len(got)]
+            close(torch.from_numpy(got).permute(0, 3, 1, 2).float(), (x * 127.5 + 127.5).round().clamp(0, 255), 1.0)
+    run(*words, "--count", "3", "--export", "folder")
+    assert sorted(path.name for path in Path("folder").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+
+
+def test_export_of_reconstructions_and_of_tokens(trained, tmp_path, monkeypatch, capsys):
+    """A tokenizer's checkpoint: test images at --keep tokens; with --decode the rows of the file."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--sample", str(trained / "demo/tokenizer.pt")]
+    cfg = flextok.Config(**torch.load(trained / "demo/tokenizer.pt", weights_only=True)["config"])
+    model, test = flextok.load_tokenizer(cfg, trained / "demo/tokenizer.pt"), data.open_data("shapes", "test", 8, count=120)
+    pictures = exported(*words, "--count", "120", "--keep", "2")
+    ids = model.tokenize(test.pixels(range(120)))
+    noise = torch.cat([torch.randn(100, 3, 8, 8, generator=stream(0, first, "sample")) for first in (0, 100)])[:120]
+    expected = (flextok.sample(model, noise, ids[:, :2], cfg) * 127.5 + 127.5).round().clamp(0, 255)
+    close(torch.from_numpy(pictures).permute(0, 3, 1, 2).float(), expected, 1.0)
+    np.savez("tokens.npz", ids=ids[:, :3].numpy(), levels=np.array([8, 5]))
+    assert np.array_equal(exported(*words, "--decode", "tokens.npz", "--count", "120", "--keep", "2"), pictures)
+    assert len(exported(*words, "--decode", "tokens.npz", "--count", "7")) == 7
+    for more, said in ((["--export", "x.npz", "--encode", "y.npz"], "--encode: goes without"), (["--data", "latents:x.npz", "--export", "x.npz"], "--export: these are latents")):
+        assert said in refused(run, [*words, *more], capsys)
+
+
+def test_processes_share_what_a_checkpoint_is_asked_for(trained, tmp_path, monkeypatch):
+    """--encode and --export of three processes are one's, block by block; one of them draws pictures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flextok.open_split, "__defaults__", (350,))
+    cfg = flextok.Config(**torch.load(trained / "demo/ar.pt", weights_only=True)["config"])
+    for field, path in (("encode", "tokens.npz"), ("export", "pictures.npz"), ("export", "pictures"), ("out", "here")):
+        asked = {count: dataclasses.replace(cfg, sample=str(trained / "demo/ar.pt"), count=230, **{field: f"{count}-{path}"}) for count in (1, 3)}
+        flextok.use_checkpoint(asked[1])
+        with monkeypatch.context() as patch:
+            calls, tokenize, sample = [], flextok.Tokenizer.tokenize, flextok.sample
+            patch.setattr(flextok.Tokenizer, "tokenize", lambda *args: calls.append(1) or tokenize(*args))
+            patch.setattr(flextok, "sample", lambda *args: calls.append(1) or sample(*args))
+            ranks(patch, 3, lambda: flextok.use_checkpoint(asked[3]))
+        assert len(calls) == {"encode": 4, "export": 3, "out": 3}[field]        # each block once
+        one, three = Path(f"1-{path}"), Path(f"3-{path}")
+        files = [(one, three)] if one.is_file() else [(a, three / a.name) for a in sorted(one.iterdir())]
+        assert files and all(a.read_bytes() == b.read_bytes() for a, b in files)
+
+
+class Runs:
+    """What a pickle that runs code looks like: reading it would leave a file."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("it-ran"),))
+
+
+def test_files_that_would_run_code_are_refused(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.load(trained / "demo/ar.pt", weights_only=True) | {"step": Runs()}, "bad.pt")
+    objects = np.empty((201, 3, 5), object)
+    objects[:] = Runs()
+    np.save("bad.npy", objects, allow_pickle=True)
+    np.savez("bad.npz", images=objects, labels=objects, ids=objects[0], levels=np.array([8, 5]))
+    demo = str(trained / "demo/tokenizer.pt")
+    for words, said in ((["--sample", "bad.pt"], "bad.pt"), (["--init", "bad.pt"], "bad.pt"), (["--stage", "ar", "--tokenizer", "bad.pt"], "bad.pt"),
+                        (["--condition", "text", "--text", "bad.npy"], "bad.npy"), (["--data", "npz:bad.npz"], "bad.npz"),
+                        (["--data", "latents:bad.npz", "--channels", "4"], "bad.npz"), (["--sample", demo, "--decode", "bad.npz"], "bad.npz")):
+        assert said in refused(run, words if "--sample" in words else [*TINY, *words], capsys), words
+    assert not Path("it-ran").exists() and not Path("runs/flextok").exists()
+    torch.load("bad.pt", weights_only=False)                            # read with trust it does run
+    assert Path("it-ran").exists()
 
 
 @pytest.mark.parametrize("preset", flextok.PRESETS)
