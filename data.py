@@ -9,7 +9,9 @@ Specs:    shapes                  procedural, at any size
           npz:PATH, video:PATH    arrays: images or clips, labels, captions, names (open_pack)
           folder:PATH             pictures in CLASS/..., with or without train/ and test/ above (open_folder)
           latents:PATH            means and log-variances that an encoder left (open_latents)
-          glue(), translation_pairs()   text: sentences with labels, sentences with their translations
+          glue:TASK:PATH          texts with labels or scores, as GLUE ships them (open_texts)
+          squad:PATH              questions on passages: SQuAD 2.0 (open_texts)
+          translation_pairs()     sentences with their translations
 Splits:   train, test, judge: disjoint ranges of shapes. judge trains the classifiers that judge samples
           (common.judge). Files: their own, else every tenth image is test; judge is train; latents are one
           whole in every split. All splits have the class list of train.
@@ -1075,11 +1077,13 @@ def eight_bits(values, sixteen, about):
     return np.rint(values * (255 / top)).astype(np.uint8)
 
 
-# --- Text: WordPiece and GLUE --------------------------------------------------
+# --- Text: WordPiece, GLUE and SQuAD --------------------------------------------
 # A text becomes words (spaced), words become pieces of the vocabulary (pieces), and pieces its ids (encode).
+# Each piece keeps its place, the characters of the text that it stands for: an answer is cut from the text.
 
 HAN = ("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf"
        "\U0002f800-\U0002fa1f]")
+UNBROKEN = re.compile(r"[\S\x0b\x0c\x1c-\x1f\x85]+")         # no white space; controls are none: they vanish
 
 
 @functools.cache
@@ -1123,14 +1127,17 @@ class WordPiece:
         self.cased = not lower
         missing = {"[PAD]", "[UNK]", "[CLS]", "[SEP]"} - self.ids.keys()
         require(not missing, f"{path}: no WordPiece vocabulary: lacks {', '.join(sorted(missing))}")
-        self.pieces = functools.cache(self.pieces)
+        self.stretch = functools.cache(self.stretch)
 
     def pieces(self, word):
-        """Ids of the longest piece that the vocabulary holds, again and again; [UNK] when any part fails."""
-        unknown = [self.ids["[UNK]"]]
+        """The longest piece that the vocabulary holds, again and again: (id, first, end), places in the word.
+
+        The whole word is [UNK] when any part fails.
+        """
+        unknown = [(self.ids["[UNK]"], 0, len(word))]
         if len(word) > 100:
             return unknown
-        ids = []
+        found = []
         start = 0
         while start < len(word):
             mark = "##" if start else ""
@@ -1139,31 +1146,54 @@ class WordPiece:
                 end -= 1
             if end == start:
                 return unknown
-            ids.append(self.ids[mark + word[start:end]])
+            found.append((self.ids[mark + word[start:end]], start, end))
             start = end
-        return ids
+        return found
+
+    def stretch(self, text):
+        """Pieces of a text without white space: (id, first, end) each, places in the text."""
+        lower = text if self.cased else text.lower()
+        if len(lower) != len(text):                         # one of the few capitals of two small letters
+            lower = [char.lower() for char in text]
+        line = ""
+        places = []                                         # of the characters of the line
+        for place, char in enumerate(lower):
+            for part in char if self.cased else unicodedata.normalize("NFD", char):
+                shown = spaced(part, self.cased)
+                line += shown
+                places += [place] * len(shown)
+        found = []
+        for word in re.finditer(r"\S+", line):
+            own = places[word.start():word.end()]
+            found += [(i, own[first], own[end - 1] + 1) for i, first, end in self.pieces(word[0])]
+        return found
 
     def body(self, text):
-        """The ids of a text, without [CLS] and [SEP]."""
-        if not self.cased:
-            text = unicodedata.normalize("NFD", text.lower())
+        """The ids of a text, without [CLS] and [SEP], and the places [(first, end), ...] they stand for."""
         ids = []
-        for word in "".join(spaced(char, self.cased) for char in text).split():
-            ids += self.pieces(word)
-        return ids
+        places = []
+        for found in UNBROKEN.finditer(text):
+            for i, first, end in self.stretch(found[0]):
+                ids.append(i)
+                places.append((found.start() + first, found.start() + end))
+        return ids, places
 
     def encode(self, text, pair=None, length=None):
         """[CLS] text [SEP], or [CLS] text [SEP] pair [SEP]: lists ids, types (pair 1), mask (padding 0).
 
         `length` shortens (the longer text first, at its end) and pads to that many tokens.
         """
-        bodies = [self.body(text)]
+        bodies = [self.body(text)[0]]
         if pair is not None:
-            bodies.append(self.body(pair))
+            bodies.append(self.body(pair)[0])
         if length:
             room = max(0, length - 1 - len(bodies))         # beside [CLS] and one [SEP] each
             while sum(map(len, bodies)) > room:
                 max(reversed(bodies), key=len).pop()
+        return self.joined(bodies, length)
+
+    def joined(self, bodies, length=None):
+        """[CLS], then each of the lists of ids and a [SEP]: lists ids, types, mask, padded to `length`."""
         ids = [self.ids["[CLS]"]]
         types = [0]
         for kind, body in enumerate(bodies):
@@ -1172,6 +1202,41 @@ class WordPiece:
         mask = [1] * len(ids)
         padding = (length or 0) - len(ids)
         return ids + [self.ids["[PAD]"]] * padding, types + [0] * padding, mask + [0] * padding
+
+
+@dataclass
+class Texts:
+    """Tokenised texts, pairs of them, or questions beside a part of a passage each."""
+
+    tokens: np.ndarray                   # int32 (M, 3, T): ids, types (1: second text), mask (0: padding)
+    labels: np.ndarray                   # classes int64 (M,), scores float32 (M,), or ends int64 (M, 2)
+    classes: list                        # names of the classes; none for scores and ends
+    name: str = ""                       # as --data has it
+    questions: list | None = None        # of SQuAD
+    windows: np.ndarray | None = None    # int64 (M, 2): question, shift: token t is t + shift of its passage
+    kind = "texts"
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def summary(self):
+        """What it holds, in words: "12 texts, 2 classes (different, equivalent)"."""
+        return Data.summary(self) if self.classes else f"{len(self)} texts"
+
+
+def open_texts(spec, split, pieces, length):
+    """Open glue:TASK:PATH or squad:PATH as Texts of `length` tokens, by a WordPiece; or a DataError."""
+    kind, _, path = spec.partition(":")
+    if kind == "squad":
+        questions = squad(path, split)
+        tokens, ends, windows = squad_windows(questions, pieces, length)
+        return Texts(tokens, ends, [], spec, questions, windows)
+    task, _, path = path.partition(":")
+    texts, labels, classes = glue(task, path, split)
+    tokens = np.zeros((len(texts), 3, length), np.int32)
+    for row, text in zip(tokens, texts):
+        row[:] = pieces.encode(*([text] if isinstance(text, str) else text), length=length)
+    return Texts(tokens, labels, classes, spec)
 
 
 def table(path, columns, skip=False):
@@ -1196,8 +1261,8 @@ def table(path, columns, skip=False):
 
 
 # Of each task: the columns of the training file and of the other; those of the texts, that of the label; the
-# label's values and their names, in the order of the class numbers. All but CoLA have a header. STS-B, whose
-# label is a number between 0 and 5, is not among them.
+# label's values and their names, in the order of the class numbers; none: it is a score. All but CoLA have a
+# header.
 ENTAILED = ("entailment", "not_entailment")
 INFERENCE = ("entailment", "neutral", "contradiction")
 GLUE = {
@@ -1205,6 +1270,7 @@ GLUE = {
     "CoLA": ((4, 4), (3,), 1, ("0", "1"), ["unacceptable", "acceptable"]),
     "MRPC": ((5, 5), (3, 4), 0, ("0", "1"), ["different", "equivalent"]),
     "QQP": ((6, 6), (3, 4), 5, ("0", "1"), ["different", "duplicate"]),
+    "STS-B": ((10, 10), (7, 8), 9, (), []),
     "MNLI": ((12, 16), (8, 9), -1, INFERENCE, [*INFERENCE]),
     "MNLI-mm": ((12, 16), (8, 9), -1, INFERENCE, [*INFERENCE]),
     "QNLI": ((4, 4), (1, 2), 3, ENTAILED, [*ENTAILED]),
@@ -1214,12 +1280,21 @@ GLUE = {
 FILES = {"MNLI": "MNLI/dev_matched.tsv", "MNLI-mm": "MNLI/dev_mismatched.tsv"}  # else TASK/dev.tsv
 
 
-def glue(task, path, split="train"):
-    """Texts (pairs of them where a task has two), labels int64 (M,) and the names of the classes.
+def parse_label(text, values):
+    """The number of a class, or without `values` a score from 0 to 5; None: the text is no label."""
+    if values:
+        return values.index(text) if text in values else None
+    fits = re.fullmatch(r"[0-5](\.[0-9]+)?", text) and float(text) <= 5
+    return float(text) if fits else None
 
-    `path` holds TASK/train.tsv and TASK/dev.tsv as GLUE ships them (Wang et al. 2019); dev is the test split
-    here, of MNLI the matched one, of MNLI-mm the other. QQP has rows that are cut short or lack a text:
-    they are left out, with a count. DataError names a broken line.
+
+def glue(task, path, split="train"):
+    """Texts (pairs of them where a task has two), labels (M,) and the names of the classes.
+
+    Labels are int64; of STS-B they are scores, float32, and there are no names. `path` holds TASK/train.tsv
+    and TASK/dev.tsv as GLUE ships them (Wang et al. 2019); dev is the test split here, of MNLI the matched
+    one, of MNLI-mm the other. QQP has rows that are cut short or lack a text: they are left out, with a
+    count. DataError names a broken line.
     """
     require(task in GLUE, f"glue:{task}: give one of {', '.join(GLUE)}")
     columns, text_columns, label_column, values, names = GLUE[task]
@@ -1235,11 +1310,84 @@ def glue(task, path, split="train"):
         if not row:
             continue
         parts = tuple(row[k] for k in text_columns)
-        fits = row[label_column] in values and all(part.strip() for part in parts)
-        require(fits, f"{file}: line {number}: no text, or label {row[label_column]!r} not in {values}")
+        label = parse_label(row[label_column], values)
+        fits = label is not None and all(part.strip() for part in parts)
+        known = values or "0 to 5"
+        require(fits, f"{file}: line {number}: no text, or label {row[label_column]!r} not in {known}")
         texts.append(parts if len(parts) > 1 else parts[0])
-        labels.append(values.index(row[label_column]))
-    return texts, np.array(labels), names
+        labels.append(label)
+    return texts, np.array(labels, np.int64 if values else np.float32), names
+
+
+@dataclass
+class Question:
+    """A question of SQuAD 2.0; one without answers cannot be answered from its passage."""
+
+    id: str
+    text: str
+    passage: str
+    answers: list                     # (text, its first character in the passage)
+    places: np.ndarray | None = None  # int (n, 2): characters [first, end) of each token of the passage
+
+
+def squad(path, split="train"):
+    """The Questions of SQuAD 2.0 (Rajpurkar et al. 2018): train-v2.0.json or dev-v2.0.json in `path`.
+
+    Training questions whose answer does not stand where the file says are left out, with a count.
+    """
+    file = Path(path, f"{'train' if split == 'train' else 'dev'}-v2.0.json")
+    questions = []
+    lost = 0
+    with reading(file):
+        for article in json.loads(file.read_text(encoding="utf-8"))["data"]:
+            for paragraph in article["paragraphs"]:
+                passage = paragraph["context"]
+                for asked in paragraph["qas"]:
+                    answers = [(answer["text"], answer["answer_start"]) for answer in asked["answers"]]
+                    if split == "train" and not all(passage.startswith(*answer) for answer in answers):
+                        lost += 1
+                        continue
+                    questions.append(Question(asked["id"], asked["question"], passage, answers))
+    require(questions, f"{file}: holds no questions")
+    if lost:
+        say(f"{file}: left out: {lost} questions whose answer stands elsewhere in the passage")
+    return questions
+
+
+def squad_windows(questions, pieces, length, stride=128, longest=64):
+    """Every question beside each part of its passage: tokens, labels and windows of Texts; gives places.
+
+    [CLS] question [SEP] part [SEP]. A part is as long as fits and begins `stride` tokens behind the one
+    before; a question is cut behind its first `longest` tokens (both as BERT's own code). Labels: the first
+    and last token of the first answer; where the part does not hold all of it, 0 and 0, which is [CLS].
+    """
+    body = functools.lru_cache(maxsize=1)(pieces.body)      # questions on one passage follow one another
+    tokens = []
+    labels = []
+    windows = []
+    for number, question in enumerate(questions):
+        asked = pieces.body(question.text)[0][:longest]
+        ids, question.places = body(question.passage)
+        before = len(asked) + 2                             # tokens in front of the part
+        room = length - before - 1
+        require(room > 0, f"length {length}: no room for a passage beside {len(asked)} tokens of a question")
+        step = min(stride, room)
+        answer = answer_tokens(question)
+        for start in range(0, max(1, len(ids) - room + step), step):
+            row = pieces.joined([asked, ids[start:start + room]], length)
+            whole = answer and start <= answer[0] and answer[1] < start + room
+            tokens.append(np.array(row, np.int32))
+            labels.append([token - start + before for token in answer] if whole else [0, 0])
+            windows.append([number, start - before])
+    return np.array(tokens), np.array(labels), np.array(windows)
+
+
+def answer_tokens(question):
+    """[first, last] token of the first answer among those of the passage; [] where there is none."""
+    for text, first in question.answers[:1]:
+        touched = [i for i, (a, b) in enumerate(question.places) if a < first + len(text) and b > first]
+        return touched[:1] + touched[-1:]
+    return []
 
 
 # --- Text: translation ---------------------------------------------------------

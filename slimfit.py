@@ -10,18 +10,23 @@ they last trained. What the gradient needs anyway is stored in 8 or 4 bits or pr
 Run:      python slimfit.py     demo: rate 0.75: accuracy .905 +- .017, 5.4 MB saved; in full .96, 13.1; 160 s
           python slimfit.py --preset imagenet --plan        memory of any model and batch, without running
           python slimfit.py --preset mrpc --weights bert-base-cased --data glue:MRPC:glue
+          python slimfit.py --preset squad --weights bert-base-uncased --data squad:squad
           python slimfit.py --sample runs/slimfit/demo/rate-0.75.pt       evaluate a checkpoint
 Faithful: operators, formats, scheduling, AdamW, runs as in the authors' code; departures are marked. (Of the
-          paper we read the abstract alone; S1 to S14 are ours.) Scaled: the demo. Left out: SQuAD, STS-B.
+          paper we read the abstract alone; S1 to S15 are ours.) Scaled: the demo. Left out: RandAugment and
+          random erasing on ImageNet; SQuAD's choice of the window that shows most around a token.
 Letters:  B batch, T tokens, d width, H heads, e = d/H, K outputs, N = B T d, S = B H T^2, g arriving gradient
 CUDA:     never run on CUDA. Read in this order: Dense8 to SoftmaxValue, Block, Scheduler, activation_rows.
 """
 
 import functools
+import itertools
 import math
 import re
+import string
 import time
 import weakref
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -39,10 +44,10 @@ import torch.nn.functional as F
 @dataclass
 class Config:
     preset: str = "demo"                             # where the values below start from
-    data: str = "shapes"                             # shapes cifar10 npz:PATH folder:PATH glue:TASK:PATH
+    data: str = "shapes"                             # shapes cifar10 npz:P folder:P glue:TASK:P squad:P
     weights: str = ""                                # pre-trained: folder or file; vocabulary beside it
     family: Literal["vit", "bert"] = "bert"          # pre-norm on pixels, or post-norm on words
-    target: Literal["class", "score", "span"] = "class"    # score (STS-B), span (SQuAD): --plan alone
+    target: Literal["class", "score", "span"] = "class"    # what the head gives: score STS-B, span SQuAD
     classes: int = 2                                 # >= 1: outputs K of the head
     depth: int = 12                                  # in [1, 1000]: blocks
     width: int = 768                                 # >= 1: width d
@@ -106,8 +111,8 @@ PRESETS = {
     "sst2": dict(BERT, data="glue:SST-2:glue", lr=8e-5, rate=0.95, steps=6315, seed=44),
     "stsb": dict(BERT, data="glue:STS-B:glue", lr=8e-5, rate=0.85, steps=540, target="score", classes=1,
                  schedule="stsb", freeze_head=False),
-    "squad": dict(BERT, data="squad", lr=1.8e-4, rate=0.8, steps=3057, batch=128, length=384, target="span",
-                  words=30522, cased=False, decay_all=True, seed=23),
+    "squad": dict(BERT, data="squad:squad", lr=1.8e-4, rate=0.8, steps=3057, batch=128, length=384,
+                  target="span", words=30522, cased=False, decay_all=True, seed=23),
     "cifar10": dict(VIT, data="cifar10", classes=10, lr=7.5e-5, steps=4689, freeze_head=False),
     "cifar100": dict(VIT, data="npz:cifar100.npz", classes=100, lr=5.5e-5, rate=0.75, steps=4689),
     "imagenet": dict(VIT, data="folder:imagenet", classes=1000, lr=5e-5, rate=0.95, steps=30030, batch=128,
@@ -847,7 +852,7 @@ def fetch(dataset, cfg, rows):
     """
     labels = torch.from_numpy(dataset.labels[rows])
     if cfg.family == "bert":
-        return torch.from_numpy(dataset.images[rows]).unbind(1), labels
+        return torch.from_numpy(dataset.tokens[rows]).unbind(1), labels
     x = dataset.pixels(rows)                                                            # (B, C, w, w)
     if x.shape[-1] != cfg.image:
         x = F.interpolate(x, (cfg.image, cfg.image), mode="bilinear", antialias=True)   # (B, C, h, h)
@@ -930,20 +935,25 @@ def finetune(cfg, variant, stage, dataset, weights, half=0):
 
 
 @torch.no_grad()
-def confusion(model, dataset, rows):
-    """How often a sample of each class (row) of the data is taken for each class (column): (classes, K)."""
+def predict(model, dataset, rows):
+    """For each block of the samples `rows`: (their positions, logits, labels), in evaluation, on the CPU."""
     model.eval()
     device = next(model.parameters()).device
-    counts = torch.zeros(len(dataset.classes), model.cfg.classes)
     for part in np.array_split(rows, math.ceil(len(rows) / 128)):
         inputs, labels = fetch(dataset, model.cfg, part)
-        guesses = model(*(x.to(device) for x in inputs)).argmax(1).cpu()
-        counts.index_put_((labels, guesses), torch.ones(len(part)), accumulate=True)
+        yield part, model(*(x.to(device) for x in inputs)).cpu(), labels
+
+
+def confusion(model, dataset, rows):
+    """How often a sample of each class (row) of the data is taken for each class (column): (classes, K)."""
+    counts = torch.zeros(len(dataset.classes), model.cfg.classes)
+    for part, logits, labels in predict(model, dataset, rows):
+        counts.index_put_((labels, logits.argmax(1)), torch.ones(len(part)), accumulate=True)
     return counts
 
 
-def metrics(counts):
-    """Accuracy from a confusion table; of two classes also F1 (MRPC) and Matthews correlation (CoLA)."""
+def class_metrics(counts):
+    """Accuracy from a confusion table; of two classes also F1 (MRPC, QQP) and Matthews correlation (CoLA)."""
     result = {"accuracy": (counts.diagonal().sum() / counts.sum()).item()}
     if counts.shape == (2, 2):
         (tn, fp), (fn, tp) = counts.tolist()
@@ -951,6 +961,100 @@ def metrics(counts):
         spread = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
         result["matthews"] = (tp * tn - fp * fn) / max(1, spread) ** 0.5
     return result
+
+
+def pearson(a, b):
+    """Correlation of two vectors; 0 where one of them is constant."""
+    return torch.corrcoef(torch.stack([a, b]).double())[0, 1].nan_to_num(0).item()
+
+
+def ranks(x):
+    """Ranks of numbers (M,), from 1 up; equal ones share the mean of theirs. Spearman correlates them."""
+    _, group, count = x.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2)[group]
+
+
+def candidates(model, dataset, rows, count=20, longest=30):
+    """Answers to each question of SQuAD, the best first: {id: [(score, text), ...]}; "" stands for none.
+
+    S15  score(i, j) = start_i + end_j,  i <= j < i + longest;  of no answer: start_0 + end_0
+
+    i and j are among the `count` best of their window and lie in its passage; the `count` best texts stay.
+    No answer stays, too; of several windows that counts which is surest of an answer. Official code differs:
+    a token counts only in the window that shows most around it.
+    """
+    scores = {question.id: {"": math.inf} for question in dataset.questions}
+    for part, logits, _ in predict(model, dataset, rows):
+        for row, (start, end) in zip(part, logits.mT.double().numpy()):
+            number, shift = dataset.windows[row]
+            question = dataset.questions[number]
+            found = scores[question.id]
+            found[""] = min(found[""], start[0] + end[0])
+            passage = np.flatnonzero(dataset.tokens[row, 1])[:-1]        # behind it stands [SEP]
+            first = np.intersect1d(np.argsort(-start, kind="stable")[:count], passage)
+            last = np.intersect1d(np.argsort(-end, kind="stable")[:count], passage)
+            for i, j in itertools.product(first, last):
+                if i <= j < i + longest:
+                    begin = question.places[i + shift][0]
+                    text = question.passage[begin:question.places[j + shift][1]]
+                    found[text] = max(start[i] + end[j], found.get(text, -math.inf))
+    best = {}
+    for key, found in scores.items():
+        none = (float(found.pop("")), "")
+        texts = sorted(((float(score), text) for text, score in found.items()), reverse=True)
+        best[key] = sorted([*texts[:count], none], reverse=True)        # at a tie the text wins
+    return best
+
+
+def plain_words(text):
+    """The words of an answer as SQuAD compares them: no capitals, no punctuation, no articles."""
+    text = "".join(char for char in text.lower() if char not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def overlap(said, answer):
+    """(exact match, F1 of the words) of two answers, both from 0 to 1."""
+    said = plain_words(said)
+    answer = plain_words(answer)
+    exact = float(said == answer)
+    if not said or not answer:
+        return exact, exact
+    shared = (Counter(said) & Counter(answer)).total()
+    return exact, 2 * shared / (len(said) + len(answer))
+
+
+def span_metrics(questions, said):
+    """Exact match and F1 of {id: text}, each with the best of the answers, as SQuAD 2.0 is evaluated.
+
+    Over all questions, and over those with and without an answer alone (HasAns, NoAns).
+    """
+    groups = {"": [], "HasAns_": [], "NoAns_": []}
+    for question in questions:
+        answers = [text for text, _ in question.answers if plain_words(text)] or [""]
+        pairs = [overlap(said[question.id], answer) for answer in answers]
+        best = [max(side) for side in zip(*pairs)]
+        groups[""].append(best)
+        groups["HasAns_" if question.answers else "NoAns_"].append(best)
+    result = {}
+    for group, pairs in groups.items():
+        if pairs:
+            result[f"{group}exact"], result[f"{group}f1"] = np.mean(pairs, 0).tolist()
+    return result
+
+
+def evaluate(model, dataset, rows):
+    """Measures of the samples `rows`, as the task's authors report them, and the predictions they rest on."""
+    if model.cfg.target == "span":
+        found = candidates(model, dataset, rows)
+        said = {key: best[0][1] for key, best in found.items()}
+        return span_metrics(dataset.questions, said), {"answers": said, "candidates": found}
+    if model.cfg.target == "score":
+        pairs = [(logits[:, 0], labels) for _, logits, labels in predict(model, dataset, rows)]
+        scores, labels = (torch.cat(side) for side in zip(*pairs))
+        measures = {"pearson": pearson(scores, labels), "spearman": pearson(ranks(scores), ranks(labels))}
+        return measures, {"scores": scores.tolist()}
+    counts = confusion(model, dataset, rows)
+    return class_metrics(counts), {"classes": dataset.classes, "confusion": counts.int().tolist()}
 
 
 def train(cfg):
@@ -974,7 +1078,7 @@ def train(cfg):
         model, scheduler, measured = finetune(cfg, variant, stage, dataset, weights, half)
         if common.rank() == 0:
             account = memory_account(model, variant, cfg.batch // common.world(), scheduler.training(model))
-            rows[stage] = account | measured | metrics(confusion(model, test, class_half(test, half)))
+            rows[stage] = account | measured | evaluate(model, test, class_half(test, half))[0]
             heat_map(common.folder(cfg) / f"active-{stage}.svg", scheduler)
     if common.rank() > 0:
         return 0
@@ -989,18 +1093,31 @@ def train(cfg):
 
 def check(cfg):
     """What is wrong with a configuration as a whole; the ranges of single fields stand behind them."""
-    kinds = "glue:" if cfg.family == "bert" else ("shapes", "cifar10", "npz:", "folder:", "video:")
+    kinds = ("glue:", "squad:")
+    if cfg.family == "vit":
+        kinds = ("shapes", "cifar10", "npz:", "folder:", "video:")
+    target = target_of(cfg.data)
+    outputs = {"score": 1, "span": 2}.get(cfg.target, cfg.classes)
     for name, fits, message in (
             ("heads", cfg.width % cfg.heads == 0, f"must divide --width {cfg.width}"),
             ("patch", cfg.image % cfg.patch == 0, f"must divide --image {cfg.image}"),
             ("length", cfg.length <= cfg.positions, f"only {cfg.positions} positions are known"),
             ("bf16", not cfg.bf16, "SlimFit's formats start from fp32; leave it out"),
             ("compile", not cfg.compile, "torch would compile for every set that trains; leave it out"),
-            ("target", cfg.plan or cfg.target == "class", "has no reader here; add --plan"),
             ("data", cfg.plan or cfg.data.startswith(kinds), f"not for --family {cfg.family}"),
+            ("target", cfg.plan or cfg.target == target, f"--data {cfg.data} wants {target}"),
+            ("classes", cfg.classes == outputs, f"--target {cfg.target} has {outputs}"),
+            ("pretrain", not cfg.pretrain or target == "class", "there are no halves of classes"),
             ("weights", cfg.plan or cfg.weights or cfg.pretrain or cfg.sample, "give a pre-trained model")):
         common.require(fits, f"--{name} {getattr(cfg, name)}: {message}")
     parse_rates(cfg.compare)
+
+
+def target_of(spec):
+    """What the head must give for a data set: "class", "score" or "span"."""
+    if spec.startswith("squad:"):
+        return "span"
+    return "score" if spec.startswith("glue:STS-B:") else "class"
 
 
 def parse_rates(text):
@@ -1025,17 +1142,12 @@ def vocabulary(weights, words, cased):
 
 @functools.lru_cache(maxsize=2)
 def open_texts(spec, split, length, *given):
-    """A split of a GLUE task, its "images" ids, token types and masks (M, 3, T); given: for vocabulary."""
-    pieces = vocabulary(*given)
-    task, _, path = spec.removeprefix("glue:").partition(":")
-    texts, labels, classes = data.glue(task, path, split)
-    pairs = [(text,) if isinstance(text, str) else text for text in texts]
-    ids = np.array([pieces.encode(*pair, length=length) for pair in pairs])
-    return data.Data(ids, labels, classes, None, spec)
+    """A split of a GLUE task or of SQuAD as data.Texts, read once; given: for vocabulary."""
+    return data.open_texts(spec, split, vocabulary(*given), length)
 
 
 def open_split(cfg, split):
-    """The split "train" or "test" as data.Data; texts are read once, by prepare."""
+    """The split "train" or "test" as data.Data or data.Texts."""
     if cfg.family == "bert":
         return open_texts(cfg.data, split, cfg.length, cfg.weights, cfg.words, cfg.cased)
     size = cfg.image if cfg.data.startswith(("shapes", "folder:")) else 0               # 0: as they are
@@ -1057,8 +1169,7 @@ def prepare(cfg):
         common.require(alike, f"{cfg.data}: train has the classes {dataset.classes}, test {classes}")
         counts = [len(class_half(dataset, half)) for half in ((1, 2) if cfg.pretrain else (0,))]
         common.require(all(counts), f"{cfg.data}: split {split}: {counts} samples by halves of {K} classes")
-    found = data.describe(splits)
-    print(found.replace("images", "texts") if cfg.family == "bert" else found, flush=True)
+    print(data.describe(splits), flush=True)
 
 
 # --- Command line ------------------------------------------------------------
@@ -1066,9 +1177,9 @@ def prepare(cfg):
 def table(rows):
     """Print {run: {column: value}}, one line a run; bytes (whole numbers) in MB of 10^6."""
     columns = max(rows.values(), key=len)
-    print(f"{'MB':12}" + "".join(f"{column:>11}" for column in columns))
+    print(f"{'MB':12}" + "".join(f"{column:>13}" for column in columns))
     for name, row in rows.items():
-        cells = [f"{v / 1e6:11,.2f}" if isinstance(v, int) else f"{v:11.3f}" for v in row.values()]
+        cells = [f"{v / 1e6:13,.2f}" if isinstance(v, int) else f"{v:13.3f}" for v in row.values()]
         print(f"{name:12}" + "".join(cells))
 
 
@@ -1133,7 +1244,10 @@ def plan_memory(cfg):
 
 
 def evaluate_checkpoint(cfg):
-    """--sample: test metrics of a checkpoint, its weights' bytes and the seconds that it took."""
+    """--sample: test metrics of a checkpoint, its weights' bytes and the seconds that it took.
+
+    Answers go into a file that SQuAD's own evaluation reads, too.
+    """
     clock = time.perf_counter()
     device = common.device_of(cfg)
     saved = common.read_checkpoint(cfg.sample, "slimfit", device)
@@ -1142,12 +1256,14 @@ def evaluate_checkpoint(cfg):
                    f"{cfg.sample}: its classes are {saved['classes']}; {cfg.data} has {test.classes}")
     model = build_model(cfg).to(device)
     common.load_into({"model": model}, saved, cfg.sample)
-    counts = confusion(model, test, class_half(test, 2 if cfg.pretrain else 0))
-    row = {**metrics(counts), "weights": sum(4 * p.numel() for p in model.parameters()),
+    measures, predictions = evaluate(model, test, class_half(test, 2 if cfg.pretrain else 0))
+    row = {**measures, "weights": sum(4 * p.numel() for p in model.parameters()),
            "seconds": time.perf_counter() - clock}
     table({"test": row})
-    row |= {"classes": test.classes, "confusion": counts.int().tolist()}
-    common.write_json(common.sample_folder(cfg) / "test.json", row)
+    where = common.sample_folder(cfg)
+    common.write_json(where / "test.json", row | predictions)
+    if cfg.target == "span":
+        common.write_json(where / "predictions.json", predictions["answers"])
 
 
 def main(cfg):

@@ -10,6 +10,7 @@ import pickle
 import re
 import tarfile
 import threading
+import unicodedata
 import zipfile
 
 import common
@@ -1235,6 +1236,32 @@ def test_wordpiece_hard_cases(pieces, text, tokens):
     assert types == [0] * len(ids) and mask == [1] * len(ids)
 
 
+@pytest.mark.parametrize("text, parts", [
+    ("The café, naïve!", "The|café|,|naïve|!"), ("un unaffable", "un|un|aff|able"), ("s ab\tunaffable", "s|a|b|un|aff|able"),
+    ("cafe\u0301 CAFÉ", "cafe|CAFÉ"), ("中国hello", "中|国|hello"), ("hel\u200blo a", "hel\u200blo|a"), ("İ zz a", "İ|zz|a"),
+    ("  Ångström\n$12.", "Ång|ström|$|1|2|."), ("a\x85b\x1ca x", "a|b|a|x"), ("", "")])
+def test_a_piece_keeps_its_place(text, parts, pieces):
+    """What a token stands for, cut from the text as it was written; [UNK] stands for its whole word."""
+    ids, places = pieces.body(text)
+    assert ids == pieces.encode(text)[0][1:-1] and len(ids) == len(places)
+    assert [text[a:b] for a, b in places] == [part for part in parts.split("|") if part]
+
+
+def test_places_of_all_characters(pieces):
+    """Any character beside two known words leaves them where they are, and the words are those of the whole text."""
+    for cased in (False, True):
+        pieces.cased = cased
+        pieces.stretch.cache_clear()
+        for code in [*range(0x500), *range(0x1e00, 0x2100), 0x130, 0x345, 0x3000, 0xac00, 0xfffd, 0x1d15e, 0x2f800]:
+            text = f"hello {chr(code)} world"
+            ids, places = pieces.body(text)
+            assert text[slice(*places[0])] == "hello" and text[slice(*places[-1])] == "world", hex(code)
+            plain = text if cased else unicodedata.normalize("NFD", text.lower())
+            words = "".join(data.spaced(char, cased) for char in plain).split()
+            assert ids == [i for word in words for i, _, _ in pieces.pieces(word)], hex(code)
+            assert all(a < b <= c for (a, b), (c, _) in zip(places, places[1:]) if places), hex(code)
+
+
 CASED = """[PAD] [UNK] [CLS] [SEP] [MASK] The the café cafe Café É é ##é 中 国 , ! US us ##A n Ångström ß SS Paris
 e\u0301 e ##\u0301""".split()
 
@@ -1351,6 +1378,22 @@ def test_glue(tmp_path, task, rows, texts, labels):
     assert len(data.glue(task, str(tmp_path))[0]) == len(texts) + 2
 
 
+STSB = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2", "score"]
+
+
+def test_scores_of_sts_b(tmp_path):
+    """Ten columns, no quoting; the label is a number from 0 to 5, and there are no classes."""
+    rows = [[str(i), "main-news", "headlines", "2014", "0042", "none", "none", f'A "cat" {i}', "A dog", score]
+            for i, score in enumerate(("5.000", "0", "3.75", "1.8"))]
+    write_glue(tmp_path, "STS-B", [STSB, *rows], "train.tsv")
+    texts, labels, names = data.glue("STS-B", tmp_path)
+    assert texts[2] == ('A "cat" 2', "A dog") and names == []
+    assert labels.dtype == np.float32 and labels.tolist() == [5, 0, 3.75, np.float32(1.8)]
+    for bad in ("5.001", "-1", "nan", "", "6", "1e0", "٣"):
+        write_glue(tmp_path, "STS-B", [STSB, rows[0], [*rows[1][:9], bad]])
+        refused(f"dev.tsv: line 3: no text, or label {bad!r} not in 0 to 5", data.glue, "STS-B", tmp_path, "test")
+
+
 def test_mnli_has_two_files_for_tests_of_other_columns(tmp_path):
     def row(one, two, *labels):
         return ["0", "1", "2", "fiction", "(p)", "(q)", "(P)", "(Q)", one, two, *labels]
@@ -1378,7 +1421,7 @@ def test_rows_of_qqp_that_are_cut_short_are_counted(tmp_path, capsys):
 
 
 def test_broken_glue(tmp_path):
-    refused("give one of SST-2, CoLA, MRPC, QQP, ", data.glue, "STS-B", tmp_path)
+    refused("glue:SNLI: give one of SST-2, CoLA, MRPC, QQP, STS-B, ", data.glue, "SNLI", tmp_path)
     refused("train.tsv: No such file", data.glue, "RTE", tmp_path)
     head, good = ["index", "sentence1", "sentence2", "label"], ["0", "p", "q", "entailment"]
     for bad, line in (
@@ -1390,6 +1433,121 @@ def test_broken_glue(tmp_path):
         assert "RTE/dev.tsv" in refused(line, data.glue, "RTE", tmp_path, "test")
     (tmp_path / "RTE" / "dev.tsv").write_bytes(b"a\tb\tc\td\n0\tp\xff\tq\tentailment\n")
     refused("line 2: 4 columns where 4 are wanted, in UTF-8", data.glue, "RTE", tmp_path, "test")
+
+
+def test_opened_texts(pieces, tmp_path):
+    """Rows of ids, types and mask, as encode gives them; classes, or scores without."""
+    head, row = ["index", "sentence1", "sentence2", "label"], ["0", "hello a", "world", "entailment"]
+    write_glue(tmp_path, "RTE", [head, row, row])
+    found = data.open_texts(f"glue:RTE:{tmp_path}", "test", pieces, 7)
+    assert found.tokens.tolist() == 2 * [[*pieces.encode("hello a", "world", 7)]] and found.tokens.dtype == np.int32
+    assert found.labels.tolist() == [0, 0] and found.classes == ["entailment", "not_entailment"]
+    assert data.describe({"train": found, "test": found}) == "2 texts, 2 classes (entailment, not_entailment), test 2"
+    write_glue(tmp_path, "STS-B", [STSB, [*"01234567", "hello", "2.5"]])
+    scores = data.open_texts(f"glue:STS-B:{tmp_path}", "test", pieces, 9)
+    assert scores.tokens[0].tolist() == [*pieces.encode("7", "hello", 9)]
+    assert (scores.labels.tolist(), scores.classes, scores.summary()) == ([2.5], [], "1 texts")
+
+
+# --- SQuAD ---------------------------------------------------------------------
+
+PASSAGE = "The café: hello (world), hello unaffable world. Naïve a s"
+
+
+def write_squad(where, passages, split="train"):
+    """The published layout: [(passage, [(question, [(answer, place), ...]), ...]), ...]."""
+    number = 0
+    paragraphs = []
+    for passage, asked in passages:
+        rows = []
+        for question, answers in asked:
+            rows.append({"id": f"q{number}", "question": question, "is_impossible": not answers,
+                         "answers": [{"text": text, "answer_start": place} for text, place in answers]})
+            if not answers:
+                rows[-1]["plausible_answers"] = [{"text": "hello", "answer_start": 0}]
+            number += 1
+        paragraphs.append({"context": passage, "qas": rows})
+    articles = [{"title": "One", "paragraphs": paragraphs[:1]}, {"title": "Two", "paragraphs": paragraphs[1:]}]
+    (where / f"{split}-v2.0.json").write_text(json.dumps({"version": "v2.0", "data": articles}), encoding="utf-8")
+
+
+def test_squad_questions(tmp_path, capsys):
+    """Ids, passages, answers with places; no answer, whatever seems plausible; what lies elsewhere is left out, aloud."""
+    passages = [(PASSAGE, [("Who?", [("hello", 10), ("hello (world)", 10)]), ("Where?", [])]),
+                ("é hello", [("What?", [("hello", 2)]), ("Why?", [("hello", 1)])])]
+    write_squad(tmp_path, passages)
+    write_squad(tmp_path, passages, "dev")
+    found = data.squad(tmp_path)
+    assert [q.id for q in found] == ["q0", "q1", "q2"] and found[2].passage == "é hello"
+    assert found[0].answers == [("hello", 10), ("hello (world)", 10)] and found[1].answers == [] and found[0].text == "Who?"
+    assert "train-v2.0.json: left out: 1 questions whose answer stands elsewhere" in capsys.readouterr().out
+    assert [q.id for q in data.squad(tmp_path, "test")] == ["q0", "q1", "q2", "q3"]         # every question is asked
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, line", [
+    (None, "train-v2.0.json: No such file"), ("{", "train-v2.0.json: cannot be read"), ('{"data": []}', "holds no questions"),
+    ('{"data": [{"paragraphs": [{"context": "a"}]}]}', "cannot be read: KeyError('qas')")])
+def test_broken_squad(text, line, tmp_path):
+    if text is not None:
+        (tmp_path / "train-v2.0.json").write_text(text)
+    refused(line, data.squad, tmp_path)
+
+
+@pytest.mark.parametrize("length, stride, longest", [(30, 4, 64), (12, 3, 2), (12, 100, 64), (9, 2, 3), (30, 128, 1)])
+def test_squad_windows(length, stride, longest, pieces):
+    """Against a slow form, window by window: parts, types, mask, where the answer is, which token is which."""
+    def question(text, answer="", passage=PASSAGE):
+        return data.Question("q", text, passage, [(answer, passage.index(answer))] if answer else [])
+
+    asked = [question("hello world, a?", "hello unaffable"), question("the", "world)"), question("s"), question("a", "Naïve a s"),
+             question("a", "aff"), question("hello", "hello", "hello"), question("a", passage="")]
+    tokens, labels, windows = data.squad_windows(asked, pieces, length, stride, longest)
+    cls, sep = pieces.ids["[CLS]"], pieces.ids["[SEP]"]
+    rows = []
+    for number, q in enumerate(asked):
+        words, (ids, places) = pieces.body(q.text)[0][:longest], pieces.body(q.passage)
+        text, at = q.answers[0] if q.answers else ("", 0)
+        holds = [i for i, (a, b) in enumerate(places) if set(range(a, b)) & set(range(at, at + len(text)))]
+        start = 0
+        while True:
+            part = ids[start:start + length - len(words) - 3]
+            row = [cls, *words, sep, *part, sep]
+            types = [0] * (len(words) + 2) + [1] * (len(part) + 1)
+            ends = [i - start + len(words) + 2 for i in holds]
+            inside = holds and all(start <= i < start + len(part) for i in holds)
+            rows.append(([row + [0] * (length - len(row)), types + [0] * (length - len(types)),
+                          [1] * len(row) + [0] * (length - len(row))], [min(ends), max(ends)] if inside else [0, 0], number,
+                         start - len(words) - 2))
+            if start + len(part) >= len(ids):
+                break
+            start += min(stride, len(part))
+    assert tokens.tolist() == [row[0] for row in rows] and labels.tolist() == [row[1] for row in rows]
+    assert windows.tolist() == [[*row[2:]] for row in rows] and tokens.dtype == np.int32
+    for (first, last), (number, shift) in zip(labels, windows):
+        if last:                                              # the label cuts the answer from the passage
+            q = asked[number]
+            said = q.passage[q.places[first + shift][0]:q.places[last + shift][1]]
+            assert q.answers[0][0] in said and len(said) <= len(q.answers[0][0]) + 4
+    if length == 30:                                          # all answers fit somewhere
+        assert {number for (first, last), (number, _) in zip(labels, windows) if last} == {0, 1, 3, 4, 5}
+
+
+def test_a_question_that_fills_the_row(pieces):
+    asked = [data.Question("q", "hello a s", "hello", [])]
+    refused("length 6: no room for a passage beside 3 tokens", data.squad_windows, asked, pieces, 6)
+    assert len(data.squad_windows(asked, pieces, 6, longest=2)[0]) == 1
+
+
+def test_opened_squad(pieces, tmp_path):
+    write_squad(tmp_path, [(PASSAGE, [("a?", [("hello", 10)]), ("s?", [])])], "dev")
+    found = data.open_texts(f"squad:{tmp_path}", "test", pieces, 40)
+    assert found.tokens.shape == (2, 3, 40) and found.labels.shape == (2, 2) and found.classes == []
+    assert found.windows.tolist() == [[0, -4], [1, -4]]       # [CLS] a ? [SEP] stands before the passage
+    first, last = found.labels[0] + found.windows[0, 1]
+    places = found.questions[0].places
+    assert PASSAGE[places[first][0]:places[last][1]] == "hello" and found.labels[1].tolist() == [0, 0]
+    assert found.summary() == "2 texts"
 
 
 def test_real_glue():

@@ -794,7 +794,7 @@ def test_saved_bytes_counts_what_lives():
     assert size == 4 * (4 * 8) * (1 + 2 + 1)                  # x, two sigmoids (each once), the exponential
 
 
-# --- Objective, metrics, text ------------------------------------------------------
+# --- Objective, measures, text -----------------------------------------------------
 
 def test_losses():
     cfg = texts(target="span")
@@ -826,10 +826,120 @@ def test_metrics():
     dataset = data.Data(np.zeros((8, 3, 1, 1), np.uint8), truth, ["no", "yes"])
     counts = slimfit.confusion(Guess(F.one_hot(guess, 2).float()), dataset, np.arange(8))
     assert counts.tolist() == [[3, 1], [1, 3]]
-    found = slimfit.metrics(counts)
+    found = slimfit.class_metrics(counts)
     assert math.isclose(found["accuracy"], 6 / 8) and math.isclose(found["f1"], 2 * 3 / (2 * 3 + 1 + 1))
     both = np.corrcoef(truth, guess.numpy())[0, 1]
     assert math.isclose(found["matthews"], both, rel_tol=1e-6)
+
+
+NUMBERS = [3.0, 1.0, 3.0, 2.0, 3.0, -5.0], [0.5, 0.5, 2.0, 1.0, 0.0, 0.5]
+
+
+def test_correlations_by_hand():
+    """Pearson by its formula; Spearman as Pearson of the ranks, of which equal numbers share the mean; a constant: 0."""
+    a, b = map(torch.tensor, NUMBERS)
+    n, sa, sb = 6, sum(NUMBERS[0]), sum(NUMBERS[1])
+    covariance = n * sum(x * y for x, y in zip(*NUMBERS)) - sa * sb
+    spreads = [n * sum(x * x for x in side) - sum(side) ** 2 for side in NUMBERS]
+    assert math.isclose(slimfit.pearson(a, b), covariance / math.sqrt(spreads[0] * spreads[1]), rel_tol=1e-12)
+    assert slimfit.ranks(a).tolist() == [5, 2, 5, 3, 5, 1] and slimfit.ranks(b).tolist() == [3, 3, 6, 5, 1, 3]
+    assert slimfit.pearson(a, torch.ones(6)) == 0 and math.isclose(slimfit.pearson(a, -2 * a + 1), -1)
+
+
+@pytest.mark.optional
+def test_measures_are_those_of_the_libraries():
+    learn, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    g = torch.Generator().manual_seed(0)
+    for classes in (2, 3):
+        truth, guess = torch.randint(classes, (2, 200), generator=g)
+        counts = torch.zeros(classes, classes)
+        counts.index_put_((truth, guess), torch.ones(200), accumulate=True)
+        found = slimfit.class_metrics(counts)
+        assert math.isclose(found["accuracy"], learn.accuracy_score(truth, guess), rel_tol=1e-6)
+        if classes == 2:
+            assert math.isclose(found["f1"], learn.f1_score(truth, guess), rel_tol=1e-6)
+            assert math.isclose(found["matthews"], learn.matthews_corrcoef(truth, guess), rel_tol=1e-6)
+    for _ in range(20):
+        a, b = torch.randint(8, (2, 50), generator=g).double() / 2                      # many ties
+        assert np.allclose(slimfit.ranks(a), stats.rankdata(a.numpy()))
+        assert math.isclose(slimfit.pearson(a, b), stats.pearsonr(a.numpy(), b.numpy())[0], rel_tol=1e-9)
+        assert math.isclose(slimfit.pearson(slimfit.ranks(a), slimfit.ranks(b)), stats.spearmanr(a, b)[0], rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("said, answer, exact, f1", [
+    ("The Cat's   house.", "cats house", 1, 1), ("an apple", "apple a the", 1, 1), ("cat", "Cat!", 1, 1),
+    ("a big cat", "the cat", 0, 2 / 3), ("cat cat", "cat", 0, 2 / 3), ("cat cat dog", "cat dog dog", 0, 4 / 6),
+    ("", "", 1, 1), ("the", "", 1, 1), ("", "cat", 0, 0), ("cat", "", 0, 0), ("dog", "cat", 0, 0),
+    ("theory", "ory", 0, 0), ("a–b c", "–b c", 1, 1), ("U.S. 1,000", "us 1000", 1, 1), ("Straße", "STRASSE", 0, 0)])
+def test_an_answer_beside_another(said, answer, exact, f1):
+    """Capitals, punctuation, articles and spaces do not count; F1 of the words, each as often as it stands there."""
+    assert slimfit.overlap(said, answer) == pytest.approx((exact, f1)) == slimfit.overlap(answer, said)
+
+
+def test_span_metrics():
+    """The best over the answers; an answer of articles alone is none; each group by itself."""
+    def question(key, *answers):
+        return data.Question(key, "?", "", [(answer, 0) for answer in answers])
+
+    asked = [question("a", "dog", "big cat"), question("b"), question("c"), question("d", "the", "bird"), question("e", "the")]
+    said = {"a": "a cat", "b": "", "c": "cat", "d": "bird", "e": ""}
+    found = slimfit.span_metrics(asked, said)
+    assert found == pytest.approx({"exact": 3 / 5, "f1": (2 / 3 + 3) / 5, "HasAns_exact": 2 / 3, "HasAns_f1": (2 / 3 + 2) / 3,
+                                   "NoAns_exact": 1 / 2, "NoAns_f1": 1 / 2})
+    assert set(slimfit.span_metrics(asked[1:3], said)) == {"exact", "f1", "NoAns_exact", "NoAns_f1"}
+
+
+class Reader(torch.nn.Module):
+    """A 'model' of spans whose logits are planned, a row a window."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.at, self.cfg = torch.nn.Parameter(logits, requires_grad=False), 0, texts(target="span", length=logits.shape[1])
+
+    def forward(self, ids, types, mask):
+        self.at += len(ids)
+        return self.logits[self.at - len(ids):self.at]
+
+
+@pytest.mark.parametrize("count, longest", [(20, 30), (3, 30), (20, 2)])
+def test_s15_candidates(count, longest):
+    """S15 against every pair of tokens of every window, one by one."""
+    passages = ["ab cd ef gh ij kl", "mn op", ""]
+    owners, shifts, sizes = [0, 0, 1, 2], [-3, 0, -3, -3], [4, 3, 2, 0]                  # tokens of the passage in a window
+    asked = [data.Question(f"q{i}", "?", text, [], np.array([(3 * k, 3 * k + 2) for k in range(6)])) for i, text in enumerate(passages)]
+    tokens = np.zeros((4, 3, 9), np.int32)
+    for row, size in zip(tokens, sizes):
+        row[1, 3:3 + size + 1] = 1                            # the part and its [SEP]
+    dataset = data.Texts(tokens, np.zeros((4, 2), int), [], "", asked, np.array([*zip(owners, shifts)]))
+    logits = torch.randn(4, 9, 2, generator=torch.Generator().manual_seed(1))
+    model = Reader(logits)
+    found = slimfit.candidates(model, dataset, np.arange(4), count, longest)
+    for number, question in enumerate(asked):
+        texts_of, none = {}, []
+        for row in [row for row in range(4) if owners[row] == number]:
+            start, end = logits[row].double().T.tolist()
+            none.append(start[0] + end[0])
+            for i in range(3, 3 + sizes[row]):
+                for j in range(i, min(i + longest, 3 + sizes[row])):
+                    top = all(sum(v > side[t] for v in side) < count for side, t in ((start, i), (end, j)))
+                    if top:
+                        text = question.passage[3 * (i + shifts[row]):3 * (j + shifts[row]) + 2]
+                        texts_of.setdefault(text, []).append(start[i] + end[j])
+        oracle = sorted(((max(scores), text) for text, scores in texts_of.items()), reverse=True)[:count]
+        oracle = sorted([*oracle, (min(none), "")], reverse=True)
+        assert [text for _, text in found[question.id]] == [text for _, text in oracle]
+        assert np.allclose([s for s, _ in found[question.id]], [s for s, _ in oracle], atol=1e-12)
+
+
+def test_a_tie_is_an_answer():
+    """The threshold of the no-answer score is 0: nothing is said only where it scores more."""
+    question = data.Question("q", "?", "ab", [], np.array([(0, 2)]))
+    tokens = np.zeros((1, 3, 4), np.int32)
+    tokens[0, 1, 2:] = 1
+    dataset = data.Texts(tokens, np.zeros((1, 2), int), [], "", [question], np.array([[0, -2]]))
+    for none, said in ((1.0, "ab"), (1.25, "")):
+        logits = torch.tensor([[[none, 1.0], [5.0, 5.0], [1.0, 1.0], [5.0, 5.0]]])       # [CLS] ? ab [SEP]
+        assert slimfit.candidates(Reader(logits), dataset, np.arange(1))["q"][0][1] == said
 
 
 # --- Checkpoints -------------------------------------------------------------------
@@ -856,7 +966,7 @@ DINO = {"embeddings.cls_token": "cls", "encoder.layer.3.norm1.weight": "blocks.3
 def usual(model, family):
     """The model's state under the usual names."""
     own = dict(model.named_parameters())
-    state = {name: own[slimfit.our_name(name)].detach().clone() for name in USUAL[family]}
+    state = {name: own[slimfit.our_name(name)].detach().clone() for name in USUAL[family] if slimfit.our_name(name) in own}
     prefix = "vit." if family == "vit" else "bert."
     for i in range(len(model.blocks)):
         for ours, theirs in PARTS[family].items():
@@ -1003,8 +1113,12 @@ def command(*words):
     ("--compare 0.5,1.5", "--compare 0.5,1.5: write rates"), ("--compare 0.5,,0.9", "--compare 0.5,,0.9: write rates"),
     ("--compare x", "--compare x: write rates"), ("--compare -0.5", "--compare -0.5: write rates"),
     ("--compare ²", "--compare ²: write rates"), ("--data latents:x.npz", "--data latents:x.npz: not for --family vit"),
-    ("--preset squad", "--target span: has no reader here; add --plan"),
-    ("--preset stsb --weights x", "--target score: has no reader here"),
+    ("--preset squad --target class --weights x", "--target class: --data squad:squad wants span"),
+    ("--preset mrpc --target score --classes 1 --weights x", "--target score: --data glue:MRPC:glue wants class"),
+    ("--preset stsb --classes 2 --weights x", "--classes 2: --target score has 1"),
+    ("--preset squad --classes 3 --plan", "--classes 3: --target span has 2"),
+    ("--preset stsb --weights x --pretrain 3", "--pretrain 3: there are no halves of classes"),
+    ("--preset cifar10 --data squad:x --weights x", "--data squad:x: not for --family vit"),
     ("--preset cifar10 --data shapes", "--weights : give a pre-trained model"),
     ("--preset mrpc --data shapes", "not for --family bert"),
     ("--data glue:MRPC:x", "--data glue:MRPC:x: not for --family vit"),
@@ -1033,6 +1147,83 @@ def glue_folder(where, rows=12, broken=False):
     return ["--preset", "mrpc", "--data", f"glue:MRPC:{where}/glue", "--weights", str(where), "--words", "14",
             "--positions", "16", "--length", "12", "--width", "16", "--heads", "2", "--depth", "2", "--batch", "4",
             "--log", "2"]
+
+
+PIECES = "[PAD] [UNK] [CLS] [SEP] [MASK] a b c ##d cat dog sat . , who what ? on the mat".split()
+MEASURES = {"class": ["accuracy"], "score": ["pearson", "spearman"],
+            "span": ["exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"]}
+
+
+def published_files(preset, where):
+    """The files of a published run as they are shipped, of a few rows; returns its --data."""
+    kind, _, task = slimfit.PRESETS[preset]["data"].removesuffix(":glue").partition(":")
+    g = np.random.default_rng(0)
+    if slimfit.PRESETS[preset].get("family") == "vit":
+        classes = min(slimfit.PRESETS[preset]["classes"], 20)
+        labels = np.arange(24) % classes
+        arrays = {f"{split}_{name}": rows for split in ("train", "test") for name, rows in (
+            ("images", g.integers(0, 255, (24, 32, 32, 3), np.uint8)), ("labels", labels))}
+        np.savez(where / "some.npz", **arrays)
+        return f"{'cifar10' if kind == 'cifar10' else 'npz'}:{where}/some.npz"
+    if kind == "squad":
+        for split in ("train", "dev"):
+            asked = [{"id": f"{split}{i}", "question": "who sat ?", "is_impossible": i % 3 == 0,
+                      "answers": [{"text": "a dog", "answer_start": 14}] if i % 3 else []} for i in range(9)]
+            passage = "the cat sat , a dog sat on the mat . " * 3
+            file = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": passage, "qas": asked}]}]}
+            (where / f"{split}-v2.0.json").write_text(json.dumps(file))
+        return f"squad:{where}"
+    for split in ("train", "dev_matched" if task == "MNLI" else "dev"):
+        columns, places, label, values, _ = data.GLUE[task]
+        width, rows = columns[split != "train"], [] if task == "CoLA" else [["head"] * columns[split != "train"]]
+        for i in range(12):
+            row = [str(i)] * width
+            for place in places:
+                row[place] = ["a cat sat .", "the dog , b"][(i + place) % 2]
+            row[label] = values[i % len(values)] if values else f"{i % 6}.00"
+            rows.append(row)
+        (where / task).mkdir(exist_ok=True)
+        (where / task / f"{split}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    return f"glue:{task}:{where}"
+
+
+def published_weights(cfg, where):
+    """A small model as hubs hold it: a BERT for spans without pooler, in shards, with tokenizer.json; else one file."""
+    torch.manual_seed(0)
+    state = usual(slimfit.build_model(cfg), cfg.family)
+    if cfg.target != "span":
+        (where / "vocab.txt").write_text("\n".join(PIECES) + "\n")
+        return torch.save(state, where / "model.bin")
+    shards = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
+    for shard in set(shards.values()):
+        write_safetensors(where / shard, {name: state[name] for name in state if shards[name] == shard})
+    (where / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    vocab = {word: i for i, word in enumerate(PIECES)}
+    (where / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": vocab}}))
+
+
+@pytest.mark.parametrize("preset", [preset for preset in slimfit.PRESETS if preset not in ("demo", "small")])
+def test_the_published_runs_train(preset, tmp_path, monkeypatch):
+    """Two steps of each of the twelve with a small BERT or ViT, from files as they are shipped, and --sample after it."""
+    monkeypatch.chdir(tmp_path)
+    small = dict(width=8, heads=2, depth=1, batch=4, steps=2, words=len(PIECES), positions=32, length=24)
+    small |= dict(image=8, patch=4, classes=20) if preset in ("cifar100", "imagenet") else dict(image=8, patch=4)
+    cfg = dataclasses.replace(slimfit.Config(), **{**slimfit.PRESETS[preset], **small})
+    (tmp_path / "weights").mkdir()
+    published_weights(cfg, tmp_path / "weights")
+    words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    command("--preset", preset, "--data", published_files(preset, tmp_path), "--weights", f"{tmp_path}/weights", *words)
+    found = json.loads((tmp_path / f"runs/slimfit/{preset}/result.json").read_text())["last"]
+    two = cfg.target == "class" and cfg.classes == 2
+    measures = MEASURES[cfg.target] + ["f1", "matthews"] * two
+    assert list(found)[-len(measures):] == measures and found["static"] + found["dynamic"] == found["measured"]
+    command("--sample", f"runs/slimfit/{preset}/last.pt")
+    again = json.loads((tmp_path / f"runs/slimfit/{preset}/samples/test.json").read_text())
+    assert all(again[name] == found[name] for name in measures)
+    if cfg.target == "span":
+        said = json.loads((tmp_path / "runs/slimfit/squad/samples/predictions.json").read_text())
+        assert said == again["answers"] and list(said) == [f"dev{i}" for i in range(9)]
+        assert all(said[key] == best[0][1] and "" in [text for _, text in best] for key, best in again["candidates"].items())
 
 
 def test_text_run_from_a_folder(tmp_path, monkeypatch, capsys):
@@ -1191,7 +1382,7 @@ def test_a_class_that_test_lacks_keeps_its_place(monkeypatch):
     cfg = config(data="folder:x", classes=3, image=8)
     model = Guess(F.one_hot(torch.tensor([2, 2, 0]), 3).float())
     test = slimfit.open_split(cfg, "test")
-    assert slimfit.metrics(slimfit.confusion(model, test, slimfit.class_half(test, 0)))["accuracy"] == 1
+    assert slimfit.class_metrics(slimfit.confusion(model, test, slimfit.class_half(test, 0)))["accuracy"] == 1
 
 
 @pytest.mark.optional

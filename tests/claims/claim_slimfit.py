@@ -86,7 +86,7 @@ def tuned(scale, seed, factor, full=False, **changes):
     if key not in CACHE:
         model, scheduler = fit(cfg, cfg.steps, pretrained(scale, seed), 2)
         dataset, rows = task(cfg, "test", 2)
-        CACHE[key] = slimfit.metrics(slimfit.confusion(model, dataset, rows[:1000]))["accuracy"], scheduler
+        CACHE[key] = slimfit.class_metrics(slimfit.confusion(model, dataset, rows[:1000]))["accuracy"], scheduler
     return CACHE[key]
 
 
@@ -333,7 +333,7 @@ def mrpc(scale):
 
     def score(name, variant, lr, seed):
         model, _ = fit(dataclasses.replace(variant, lr=lr, seed=seed), variant.steps, weights, 0)
-        found = slimfit.metrics(slimfit.confusion(model, *task(variant, "test", 0)))
+        found = slimfit.class_metrics(slimfit.confusion(model, *task(variant, "test", 0)))
         print(f"mrpc: {name}, lr {lr:g}, seed {seed}: accuracy {found['accuracy']:.3f}, F1 {found['f1']:.3f}, "
               f"{time.perf_counter() - start:.0f} s since the start", flush=True)
         return found
