@@ -227,10 +227,18 @@ def read_config(path):
 
 
 def merge_stored(Config, stored, given, source, free):
-    """A Config from the stored fields of `source`; of what is given, only the `free` fields may differ."""
+    """A Config from the stored fields of `source`; of what is given, only the `free` fields may differ.
+
+    A field that is younger than the file has its default, aloud: defaults leave things as they were.
+    """
     types = {field.name: type(field.default) for field in fields(Config)}
-    odd = ", ".join(sorted(types.keys() ^ stored.keys()))
+    odd = ", ".join(sorted(stored.keys() - types.keys()))
     require(not odd, f"{source}: written by another version of this file (fields {odd})")
+    younger = {field.name: field.default for field in fields(Config) if field.name not in stored}
+    if younger and rank() == 0:
+        said = ", ".join(f"--{name} {value!r}" for name, value in younger.items())
+        print(f"{source}: written by an earlier version of this file; defaults: {said}", flush=True)
+    stored = {**younger, **stored}
     for name, kind in types.items():
         value = stored[name]
         fits = type(value) is kind or (kind is float and type(value) is int)
@@ -630,8 +638,14 @@ def folder(cfg):
 
 
 def sample_folder(cfg):
-    """Where --sample writes: --out, or samples/ beside the checkpoint. It touches nothing else of a run."""
-    return Path(cfg.out or Path(cfg.sample).parent / "samples")
+    """Where --sample writes: --out, or samples/ beside the checkpoint. It touches nothing else of a run.
+
+    Made before anything is drawn, so that a place where nobody may write is found at once.
+    """
+    path = Path(cfg.out or Path(cfg.sample).parent / "samples")
+    path.mkdir(parents=True, exist_ok=True)
+    require(os.access(path, os.W_OK), f"{path}: no right to write there")
+    return path
 
 
 def require_stage(cfg, stage):

@@ -450,7 +450,8 @@ class Data:
         """Latents `index` (B,) as float32: scale * (mean + exp(clamp(logvar, -30, 20) / 2) * noise).
 
         Those of the mirrored image where `flip` (bool, (B,)); without a mirrored copy `flip` is ignored.
-        Without logvar: scale * mean, and `noise` (of the latents' shape) is ignored. Computed on the device.
+        Without logvar: scale * mean, and `noise` (of the latents' shape, or a number) is ignored. Computed on
+        the device.
         """
         index = np.asarray(index)
         flip = np.asarray(flip, bool)
@@ -466,9 +467,8 @@ class Data:
         z = chosen(self.mean, self.mean_flip)
         if self.logvar is not None:
             logvar = chosen(self.logvar, self.logvar_flip)
-            z = z + torch.exp(logvar.clamp(-30, 20) / 2) * noise.to(device)
-        scale = self.scale.to(device) if torch.is_tensor(self.scale) else self.scale
-        return scale * z
+            z = z + torch.exp(logvar.clamp(-30, 20) / 2) * torch.as_tensor(noise, device=device)
+        return torch.as_tensor(self.scale, device=device) * z
 
 
 FLOATS = np.arange(256, dtype=np.float32) / np.float32(127.5) - 1        # of each byte, its float in [-1, 1]
@@ -745,7 +745,7 @@ def open_arrays(path):
 
 
 def check_finite(array, path, name):
-    """DataError with the index of the first NaN or infinity in a memory-mapped array: `name` in `path`.
+    """DataError with the index of the first NaN, infinity or giant in a mapped array: `name` in `path`.
 
     Found before training, it has a name; later it would be a loss that is no number, at a chance step.
     """
@@ -753,11 +753,12 @@ def check_finite(array, path, name):
         count = min(2**20, array.size - start)
         place = array.offset + start * array.itemsize
         values = np.fromfile(array.filename, array.dtype, count, offset=place)  # the map itself stays unread
-        bad = np.flatnonzero(~np.isfinite(values))
+        bad = np.flatnonzero(~(abs(values.astype(float)) <= 1 / common.SMALLEST))
         if len(bad):
             order = "C" if array.flags.c_contiguous else "F"
             index = np.unravel_index(start + bad[0], array.shape, order)
-            raise DataError(f"{path}: {name}{[*map(int, index)]} is {values[bad[0]]}: numbers are wanted")
+            raise DataError(f"{path}: {name}{[*map(int, index)]} is {values[bad[0]]}: numbers are wanted, "
+                            f"below {1 / common.SMALLEST:.0e} in size")
 
 
 TEST_NAMES = ("test", "testing", "val", "valid", "validation")  # of a test split, the best first
@@ -786,6 +787,8 @@ def open_pack(path, split, size, frames):
     require(train in ("train_", ""), f"{path}: holds {', '.join(pack)}: no images or videos to train on")
     own = tests[0] if tests and split == "test" else train
     images = pack_images(pack, own, path, frames)
+    half = train + "labels" in pack and own + "labels" not in pack
+    require(not half, f"{path}: has {train}labels but no {own}labels")
     labels = pack_labels(pack, own, len(images), path)
     train_labels = pack_labels(pack, train, len(images), path)      # the count matters where there are none
     texts = pack.get(own + "captions", ())
@@ -863,8 +866,9 @@ def open_latents(path, split, size, frames):
 
     scale = np.ravel(pack.get("scale", 1.0))
     fits = len(scale) in (1, mean.shape[1]) and scale.dtype.kind in "fiu"
-    require(fits and np.isfinite(scale).all() and scale.all(),
-            f"{path}: scale {scale}: one number, or one a channel, finite and not 0, is wanted")
+    sane = fits and all(common.SMALLEST <= abs(number) <= 1 / common.SMALLEST for number in scale)
+    bounds = f"{common.SMALLEST} to {1 / common.SMALLEST:.0e} in size"
+    require(sane, f"{path}: scale {scale}: one number, or one a channel, is wanted, {bounds}")
     if len(scale) == 1:
         scale = scale.item()
     else:

@@ -581,7 +581,8 @@ def test_latents(latents, names, shape):
     index, flip = torch.tensor([5, 0, 3]), torch.tensor([True, False, True])
     noise = torch.randn(3, *shape[1:], generator=torch.Generator().manual_seed(0))
     z = found.latents(index, flip, noise)
-    assert z.dtype == torch.float32
+    assert z.dtype == torch.float32 and found.latents(index, flip, noise, "meta").shape == z.shape
+    assert torch.equal(found.latents(index, flip, 0.0), found.latents(index, flip, torch.zeros_like(noise)))
     for b in range(3):
         side = "_flip" if flip[b] and "latents_flip" in names else ""
         want = torch.tensor(arrays["latents" + side][index[b]].astype(np.float32))
@@ -631,6 +632,7 @@ def test_broken_latents(tmp_path):
             (dict(latents=z, labels=y, logvar=z[:5]), "must have the shape of latents"),
             (dict(latents=z, labels=y, latents_flip=z[..., :2]), "must have the shape of latents"),
             (dict(latents=z, labels=y, images=np.zeros((5, 8, 8, 3), np.uint8)), "images: a square one for each of the 6 latents"),
+            (dict(latents=z.astype(np.float32) + 1e30, labels=y), "latents[0, 0, 0, 0] is 1.0000000150474662e+30: numbers"),
             (dict(latents=z, labels=y, images=np.zeros((6, 8, 9, 3), np.uint8)), "images: a square one"),
             (dict(latents=z, labels=y, images=np.zeros((6, 8, 8, 3))), "images float64 (6, 8, 8, 3): pictures in uint8")):
         np.savez(tmp_path / "z.npz", **arrays)
@@ -648,7 +650,7 @@ def test_a_scale_is_a_number_or_one_a_channel(latents, scale, want, shape):
     assert z.dtype == torch.float32 and (z.numpy() == factor * arrays["latents"][[4, 1]]).all()
 
 
-@pytest.mark.parametrize("scale", [0, np.nan, np.inf, np.array([1, 0.0]), np.ones(3), np.array([]), np.array("x")])
+@pytest.mark.parametrize("scale", [0, np.nan, np.inf, np.array([1, 0.0]), np.ones(3), np.array([]), np.array("x"), 1e300, np.array([1, 1e-30])])
 def test_scales_that_are_none(latents, scale):
     refused("latents.npz", latents, (), scale=scale)
 
