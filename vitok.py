@@ -29,6 +29,7 @@ CUDA:     never run on CUDA.
 Read in this order: Encoder, Decoder, loss_ae, loss_decoder, loss_dit, sample, train_decoder, run_sweep.
 """
 
+import contextlib
 import copy
 import math
 import re
@@ -81,6 +82,7 @@ class Config:
     batch: int = 1024                   # >= 1: clips a step, over all processes
     batch_decoder: int = 0              # >= 0: of stage decoder; 0: --batch
     batch_dit: int = 0                  # >= 0: of stage dit; 0: --batch
+    accumulate: int = 1                 # >= 1: equal parts of a process's batch, one after the other
     lr: float = 1e-4                    # > 0: peak learning rate for 256 images a step (times batch / 256)
     lr_disc: float = 2e-5               # >= 0: the discriminator's
     lr_dit: float = 1e-4                # >= 0: the generator's
@@ -100,12 +102,13 @@ class Config:
     bf16: bool = False                  # bf16 autocast on CUDA, as the paper trained
     compile: bool = False               # torch.compile for the blocks; on a CPU this takes minutes
     name: str = ""                      # run folder runs/vitok/NAME; default: the preset
+    init: str = ""                      # checkpoint whose weights this run starts from, other classes allowed
     resume: bool = False                # go on with runs/vitok/NAME in its first unfinished stage
     sample: str = ""                    # checkpoint to draw from (ae, decoder: reconstructions)
     out: str = ""                       # folder for what --sample writes; default: samples/ beside it
     log: int = 100                      # >= 1: steps between log lines
     save: int = 5000                    # >= 1: steps between checkpoints
-    sampling: ClassVar = ("num_steps", "cfg_scale", "eta", "classes", "count", "data", "export", "decode")
+    sampling: ClassVar = ("num_steps", "cfg_scale", "eta", "classes", "count", "data", "export", "decode", "gpus")
 
 # Width, depth, heads (Tab. 1). Small keeps Base's width and halves the depth. Large is 1152 wide, not 1024:
 # its heads of 72 channels split in three, for the axes of a clip. The generators' sizes are those of DiT.
@@ -623,10 +626,10 @@ def reconstruction_losses(recon, mean, logvar, x, cfg, features):
 def loss_ae(model, batch, draws, cfg, features):
     """Stage 1: V11 with lambda = 0 -> value, losses. batch: clips (B, 3, T, H, W) and labels.
 
-    draws: noise (B, M, c) of V3, length (B,) of V10.
+    draws: noise (B, M, c) of V3; masked variant: length (B,) of V10.
     """
     x, _ = batch
-    recon, mean, logvar = model(x, draws["noise"], draws["length"])
+    recon, mean, logvar = model(x, draws["noise"], draws.get("length"))
     return reconstruction_losses(recon, mean, logvar, x, cfg, features)
 
 
@@ -637,7 +640,7 @@ def loss_decoder(model, batch, draws, cfg, features, disc, weight):
     Sec. 2.3, and .05, the best one, in App. A.2.
     """
     x, _ = batch
-    recon, mean, logvar = model(x, draws["noise"], draws["length"])
+    recon, mean, logvar = model(x, draws["noise"], draws.get("length"))
     value, losses = reconstruction_losses(recon, mean, logvar, x, cfg, features)
     losses["gan"] = -disc(recon).to(x.dtype).mean()                                             # V14
     return value + weight * losses["gan"], losses, recon
@@ -784,35 +787,38 @@ def stage_batch(cfg, stage):
     return getattr(cfg, f"batch_{stage}", 0) or cfg.batch
 
 
-def clips(dataset, index):
-    """Images or clips `index` as (B, 3, T, H, W) in [-1, 1]."""
-    x = dataset.pixels(index).to(torch.get_default_dtype())
+def clips(dataset, index, device="cpu"):
+    """Images or clips `index` as (B, 3, T, H, W) in [-1, 1], made on the device."""
+    x = dataset.pixels(index, device).to(torch.get_default_dtype())
     return x[:, :, None] if x.ndim == 4 else x.transpose(1, 2)
 
 
 def draw(dataset, cfg, step, device, stage="ae"):
-    """A step's clips (B, 3, T, H, W) and labels (B,), and the draws of all losses by name.
+    """A step's clips (B, 3, T, H, W) and labels (B,), and by name the draws of the stage's loss.
 
-    Drawn for the global batch B, cut to this rank's share. Every stage makes all draws, also those that it
-    does not use, from streams of its own.
+    Drawn for the global batch B, cut to this rank's share: noise of V3, a draw of length for the masked
+    variant, and for stage dit time, eps and drop.
     """
     B = stage_batch(cfg, stage)
     M = sizes(cfg).M
     generator = common.make_generator(cfg.seed, step, f"{stage} data")
     index = torch.randint(len(dataset), (B,), generator=generator)
     flip = torch.rand(B, generator=generator) < 0.5
-    drop = torch.rand(B, generator=generator) < cfg.label_dropout
-    time = torch.randint(1000, (B,), generator=generator)
-    length = (M // 2 ** torch.randint(4, (B,), generator=generator)).clamp(min=1)       # V10: 32 to 256
-    noise, eps = common.shard_noise((2, B, M, cfg.channels), cfg.seed, step, f"{stage} noise", device, axis=1)
-    draws = dict(drop=drop, time=time, length=length)
+    draws = {}
+    if stage == "dit":
+        draws["drop"] = torch.rand(B, generator=generator) < cfg.label_dropout
+        draws["time"] = torch.randint(1000, (B,), generator=generator)
+    elif cfg.masked:
+        draws["length"] = (M // 2 ** torch.randint(4, (B,), generator=generator)).clamp(min=1)      # 32 to 256
     draws = {name: common.shard(value).to(device) for name, value in draws.items()}
+    names = ("noise", "eps") if stage == "dit" else ("noise",)
+    shape = (len(names), B, M, cfg.channels)
+    draws |= zip(names, common.shard_noise(shape, cfg.seed, step, f"{stage} noise", device, axis=1))
     index = common.shard(index).numpy()
-    x = clips(dataset, index)
+    x = clips(dataset, index, device)
     if cfg.flip:
-        x = torch.where(common.shard(flip)[:, None, None, None, None], x.flip(-1), x)
-    y = torch.from_numpy(dataset.labels[index])
-    return (x.to(device), y.to(device)), {"noise": noise, "eps": eps, **draws}
+        x = torch.where(common.shard(flip).to(device)[:, None, None, None, None], x.flip(-1), x)
+    return (x, torch.from_numpy(dataset.labels[index]).to(device)), draws
 
 
 def ramp(step, start, length):
@@ -875,16 +881,19 @@ def train_ae(cfg):
     opt = optimizer(model, cfg)
     start = run.restore(tokenizer=model, opt=opt)
     common.compile_blocks(cfg, model.blocks)
+    read = common.read_ahead(lambda step: draw(dataset, cfg, step, device), device, run.total)
     for step in run.steps(start):
-        batch, draws = draw(dataset, cfg, step, device)
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step))
-        with common.autocast(cfg):
-            value, losses = loss_ae(model, batch, draws, cfg, features)
         opt.zero_grad()
-        value.backward()
+        for part, part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                value, losses = loss_ae(model, part, part_draws, cfg, features)
+            (value / cfg.accumulate).backward()
+            run.add(loss=value, **losses)
         common.average_gradients(model.parameters())
         opt.step()
-        run.log(step, loss=value, **losses)
+        run.log(step)
         run.save(step)
 
 
@@ -910,25 +919,27 @@ def train_decoder(cfg):
                         opt_disc=opt_disc)
     common.compile_blocks(cfg, model.blocks)
     peak_disc = cfg.lr_disc * stage_batch(cfg, "decoder") / 256
+    read = common.read_ahead(lambda step: draw(dataset, cfg, step, device, "decoder"), device, run.total)
     for step in run.steps(start):
-        batch, draws = draw(dataset, cfg, step, device, "decoder")
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step, "decoder"))
         # Sec. 2.3: the discriminator's rate rises during 25k of 100k steps, from the first on.
         common.set_learning_rate(opt_disc, peak_disc * ramp(step + 1, 0, run.total / 4))
         weight = cfg.gan * ramp(step, run.total / 20, run.total / 2)
-        with common.autocast(cfg):
-            value, losses, recon = loss_decoder(model, batch, draws, cfg, features, disc, weight)
-            value_disc = loss_disc(disc, batch[0], recon)
         opt.zero_grad()
-        value.backward(inputs=list(decoder.parameters()))       # and nothing into the discriminator
-        common.average_gradients(decoder.parameters())
-        opt.step()
         opt_disc.zero_grad()
-        value_disc.backward()
-        common.average_gradients(disc.parameters())
+        for part, part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                value, losses, recon = loss_decoder(model, part, part_draws, cfg, features, disc, weight)
+                value_disc = loss_disc(disc, part[0], recon)
+            (value / cfg.accumulate).backward(inputs=list(decoder.parameters()))    # none into disc
+            (value_disc / cfg.accumulate).backward()
+            run.add(loss=value, disc=value_disc, **losses)
+        common.average_gradients([*decoder.parameters(), *disc.parameters()])
+        opt.step()
         opt_disc.step()
         common.ema_update(ema, decoder, cfg.ema)
-        run.log(step, loss=value, disc=value_disc, **losses)
+        run.log(step)
         run.save(step)
 
 
@@ -957,18 +968,21 @@ def train_dit(cfg):
     opt = optimizer(model, cfg)
     start = run.restore(frozen={"tokenizer": tokenizer}, model=model, ema=ema, opt=opt)
     common.compile_blocks(cfg, model.trunk.blocks)
+    read = common.read_ahead(lambda step: draw(dataset, cfg, step, device, "dit"), device, run.total)
     for step in run.steps(start):
-        (x, y), draws = draw(dataset, cfg, step, device, "dit")
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step, "dit"))
-        with common.autocast(cfg):
-            z = bottleneck(*tokenizer.encoder(x), draws["noise"])
-            value, losses = loss_dit(model, (z, y), draws)
         opt.zero_grad()
-        value.backward()
+        for (x, y), part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                z = bottleneck(*tokenizer.encoder(x), part_draws["noise"])
+                value, losses = loss_dit(model, (z, y), part_draws)
+            (value / cfg.accumulate).backward()
+            run.add(loss=value, std=z.std(), **losses)
         common.average_gradients(model.parameters())
         opt.step()
         common.ema_update(ema, model, cfg.ema)
-        run.log(step, loss=value, std=z.std(), **losses)
+        run.log(step)
         run.save(step)
 
 
@@ -978,10 +992,8 @@ STAGES = {"ae": train_ae, "decoder": train_decoder, "dit": train_dit}
 def train(cfg):
     """One stage, or all in order (--resume passes over the finished); 1 where the demo missed a target."""
     last = common.run_stages(cfg, STAGES)
-    if common.rank() > 0:
-        return 0
     result = report(cfg, last)
-    if cfg.preset != "demo" or not common.is_preset(cfg, PRESETS):
+    if common.rank() > 0 or cfg.preset != "demo" or not common.is_preset(cfg, PRESETS):
         return 0
     missed = [name for name, least in TARGET.items() if result[name] < least]
     print(f"target {TARGET}: {'MISSED: ' + ', '.join(missed) if missed else 'reached'}")
@@ -995,8 +1007,10 @@ def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     for point in parse_sweep(cfg):
         sizes(point)
-    whole = cfg.batch_decoder % cfg.gpus == 0 and cfg.batch_dit % cfg.gpus == 0
-    common.require(whole, f"--batch_decoder, --batch_dit: must be multiples of --gpus {cfg.gpus}")
+    parts = cfg.gpus * cfg.accumulate
+    rest = cfg.batch_decoder % parts + cfg.batch_dit % parts
+    common.require(cfg.sample or rest == 0, f"--batch_decoder, --batch_dit: must be multiples of {parts}, "
+                                            "--gpus times --accumulate")
     fits = cfg.sweep or cfg.stage in ("ae", "dit") or math.log2(cfg.size).is_integer()
     common.require(fits, f"--size {cfg.size}: the discriminator needs a power of two; --stage ae does not")
     common.require(cfg.sample or not cfg.export + cfg.decode, "--export, --decode: only with --sample")
@@ -1073,27 +1087,50 @@ def prepare(cfg):
 # V28  PSNR = 10 log10(4 / mean (x - x')^2)       x' the reconstruction; values lie in [-1, 1]
 
 
-@torch.no_grad()
-def reconstruct(cfg, tokenizer):
-    """Test clips x, reconstructions y through z = mean, and the mean over clips of their PSNR, V28.
+def in_class(ruler, x, labels):
+    """1 for each clip (B, 3, T, H, W) whose first frame the ruler puts into its class, else 0 (B,)."""
+    return (ruler(x[:, :, 0].float().cpu()).argmax(1) == labels).float()                                 # (B)
 
-    Official code differs: one PSNR from the squared error of a whole batch, which comes out lower.
+
+@torch.no_grad()
+def reconstruct(cfg, tokenizer, ruler=None):
+    """Test clips x and reconstructions y through z = mean, the first ten, and the means over --count of them.
+
+    psnr: V28. With a ruler, decoded and real: the shares of y and of x that it puts into their class. All
+    processes share the work. Official code differs: one PSNR from the squared error of a whole batch, which
+    comes out lower.
     """
     test = open_split(cfg, "test", cfg.count)
-    x = clips(test, np.arange(min(cfg.count, len(test))))
-    y = common.in_blocks(lambda block: tokenizer(block)[0].float(), common.device_of(cfg), x).clamp(-1, 1)
-    error = (y - x).square().mean((1, 2, 3, 4))                                                          # (B)
-    return x, y, (10 * (4 / error).log10()).mean().item()
-
-
-@torch.no_grad()
-def draw_samples(cfg, tokenizer, generator, labels):
-    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), 100 at a time from one random stream."""
     device = common.device_of(cfg)
-    for number, y in enumerate(labels.to(device).split(100)):
-        stream = common.make_generator(cfg.seed, number, "sample", device)
-        z = sample(generator, y, stream, cfg.num_steps, cfg.cfg_scale, cfg.eta)
-        yield tokenizer.decoder(z).clamp(-1, 1).cpu()
+
+    def measure(first, last):
+        index = np.arange(first, last)
+        x = clips(test, index, device)
+        y = tokenizer(x)[0].to(x.dtype).clamp(-1, 1)
+        error = (y - x).square().mean((1, 2, 3, 4))                                                      # (B)
+        found = {"psnr": 10 * (4 / error).log10().cpu()}
+        if ruler:
+            labels = torch.from_numpy(test.labels[index])
+            found["decoded"] = in_class(ruler, y, labels)
+            found["real"] = in_class(ruler, x, labels)
+        return x[:10].cpu(), y[:10].cpu(), found
+
+    blocks = list(common.share_blocks(measure, min(cfg.count, len(test))))
+    x, y, names = blocks[0]
+    return x, y, {name: torch.cat([found[name] for _, _, found in blocks]).mean().item() for name in names}
+
+
+def draw_samples(cfg, tokenizer, generator, labels):
+    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), 100 at a time, each block from a random stream
+    of its own. All processes share the work, and each gets all of it."""
+    device = common.device_of(cfg)
+
+    def make(first, last):
+        stream = common.make_generator(cfg.seed, first // 100, "sample", device)
+        z = sample(generator, labels[first:last].to(device), stream, cfg.num_steps, cfg.cfg_scale, cfg.eta)
+        return tokenizer.decoder(z).clamp(-1, 1).cpu()
+
+    return common.share_blocks(make, len(labels))
 
 
 def sample_labels(cfg, K, most):
@@ -1103,43 +1140,66 @@ def sample_labels(cfg, K, most):
 
 
 def film(path, x, rows, heads=()):
-    """Clips (M, 3, T, H, W) in equal rows of these names, as one picture, animated where T > 1."""
+    """Clips (M, 3, T, H, W) in equal rows of these names, as one picture, animated where T > 1. Rank 0 alone
+    writes it."""
+    if common.rank() > 0:
+        return
     columns = len(x) // len(rows)
     scale = max(1, 64 // x.shape[-1])
     frames = [common.grid(frame, columns, rows, heads, scale) for frame in common.to_uint8(x).unbind(2)]
     common.png(path, np.stack(frames))
 
 
-def show_reconstructions(cfg, tokenizer, where):
-    """reconstructions.png, test clips above what is decoded of them; returns the PSNR."""
-    x, y, psnr = reconstruct(cfg, tokenizer)
-    film(where / "reconstructions.png", torch.cat((x[:10], y[:10])), ["original", "decoded"])
-    return psnr
+def show_reconstructions(cfg, tokenizer, where, ruler=None):
+    """reconstructions.png, test clips above what is decoded of them; returns the figures of reconstruct."""
+    x, y, figures = reconstruct(cfg, tokenizer, ruler)
+    film(where / "reconstructions.png", torch.cat((x, y)), ["original", "decoded"])
+    return figures
 
 
-def show_samples(cfg, tokenizer, generator, names, where, most):
-    """samples.png: a row for each of ten classes. Returns samples (classes, each, 3, T, H, W), labels."""
+def show_samples(cfg, tokenizer, generator, names, where, most, ruler=None):
+    """samples.png, a row for each of ten classes; returns the first of each row, and figures of all samples.
+
+    accuracy, with a ruler: the share that it puts into their class. Only what is shown is kept.
+    """
     labels = sample_labels(cfg, generator.classes, most)
-    x = torch.cat(list(draw_samples(cfg, tokenizer, generator, labels.flatten()))).unflatten(0, labels.shape)
-    film(where / "samples.png", x[:10, :8].flatten(0, 1), [names[k] for k in labels[:10, 0]])
-    return x, labels
+    shown = torch.arange(labels.numel()).view(labels.shape)[:10, :8]
+    kept = []
+    hits = []
+    blocks = draw_samples(cfg, tokenizer, generator, labels.flatten())
+    for rows, x in zip(torch.arange(labels.numel()).split(100), blocks):
+        kept.append(x[torch.isin(rows, shown)])
+        if ruler:
+            hits.append(in_class(ruler, x, labels.flatten()[rows]))
+    x = torch.cat(kept)
+    film(where / "samples.png", x, [names[k] for k in labels[:10, 0]])
+    return x[::shown.shape[1]], {"accuracy": torch.cat(hits).mean().item()} if ruler else {}
+
+
+def show_nearest(cfg, x, where):
+    """nearest.png: samples x (m, 3, T, H, W) above the training clips nearest to them."""
+    x = x.transpose(1, 2)                                       # frames first, as data has them
+    found = common.nearest(x, open_split(cfg, "train")).view_as(x)
+    film(where / "nearest.png", torch.cat((x, found)).transpose(1, 2), ["sample", "train"])
 
 
 def report(cfg, path):
-    """Pictures and figures of a run that has ended with the checkpoint `path`; printed and returned."""
+    """Pictures and figures of a run that has ended with the checkpoint `path`; printed and returned.
+
+    PSNR, and by the ruler, unless the run was a short trial: the share of clips in their class.
+    """
     tokenizer, generator, names = load(cfg, path)
     where = path.parent
-    result = {"psnr": show_reconstructions(cfg, tokenizer, where)}
+    ruler = judge(cfg, "ruler") if cfg.steps >= 100 else None
+    result = show_reconstructions(cfg, tokenizer, where, ruler)
     if generator:
-        most = cfg.count if cfg.steps >= 100 else 1
-        x, labels = show_samples(cfg, tokenizer, generator, names, where, most)
-        first = x[:10, 0].transpose(1, 2)                       # frames first, as data has them
-        found = common.nearest(first, open_split(cfg, "train")).view_as(first)
-        film(where / "nearest.png", torch.cat((first, found)).transpose(1, 2), ["sample", "train"])
-        if cfg.steps >= 100:
-            stills = x[:, :, :, 0].flatten(0, 1)
-            result["accuracy"] = common.accuracy(judge(cfg, "ruler"), stills, labels.flatten())
-    print(f"{where}: " + "  ".join(f"{name} {value:.3f}" for name, value in result.items()), flush=True)
+        most = cfg.count if ruler else 1
+        x, figures = show_samples(cfg, tokenizer, generator, names, where, most, ruler)
+        result |= figures
+        if common.rank() == 0:
+            show_nearest(cfg, x, where)
+    if common.rank() == 0:
+        print(f"{where}: " + "  ".join(f"{name} {value:.3f}" for name, value in result.items()), flush=True)
     return result
 
 
@@ -1148,7 +1208,7 @@ def export_samples(cfg, tokenizer, generator):
     labels = sample_labels(cfg, generator.classes, cfg.count).flatten()
     blocks = (as_frames(x) for x in draw_samples(cfg, tokenizer, generator, labels))
     common.export_images(cfg.export, blocks, len(labels) * cfg.frames)
-    print(f"{cfg.export}: {len(labels)} samples")
+    return f"{cfg.export}: {len(labels)} samples"
 
 
 @torch.no_grad()
@@ -1160,29 +1220,47 @@ def export_latents(cfg, tokenizer):
     Arrays grow on disk, in a folder, until they are one file: memory does not grow with the data set.
     """
     dataset = open_split(cfg, "train")
+    device = common.device_of(cfg)
     grid = (1, 1, cfg.latents) if cfg.latents else sizes(cfg).grid
     if cfg.frames == 1:
         grid = grid[1:]                                         # images: (h, w); clips: (t, h, w)
     shape = (len(dataset), cfg.channels, *grid)
     parts = ("latents", "logvar") if cfg.variational else ("latents",)
-    arrays = {}
+
+    def encode(first, last):
+        x = clips(dataset, np.arange(first, last), device)
+        codes = dict(zip(parts, tokenizer.encoder(x)))
+        if cfg.flip:
+            codes |= zip((f"{part}_flip" for part in parts), tokenizer.encoder(x.flip(-1)))
+        return {name: code.transpose(1, 2).unflatten(2, grid).cpu() for name, code in codes.items()}
+
+    blocks = common.share_blocks(encode, len(dataset), 64)
+    if common.rank() > 0:
+        return list(map(len, blocks))                           # it takes part in making them
+    return f"{cfg.export}: latents {shape}, scale {write_latents(cfg.export, blocks, shape, dataset):.4f}"
+
+
+def write_latents(path, blocks, shape, dataset):
+    """An npz of the blocks {name: codes (m, ...)} of arrays of this shape, float16; returns its scale.
+
+    Each array grows in a file of its own, until all are packed into one: not more than a block is in memory.
+    """
     total = square = 0.0
-    Path(cfg.export).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(cfg.export).parent) as folder:
-        for rows in torch.arange(len(dataset)).split(64):
-            x = clips(dataset, rows).to(common.device_of(cfg))
-            codes = dict(zip(parts, tokenizer.encoder(x)))
+    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder, contextlib.ExitStack() as files:
+        arrays = {}
+        for codes in blocks:
             total += codes["latents"].double().sum().item()
             square += codes["latents"].double().square().sum().item()
-            if cfg.variational:
+            if "logvar" in codes:
                 square += codes["logvar"].double().exp().sum().item()
-            if cfg.flip:
-                codes |= zip((f"{part}_flip" for part in parts), tokenizer.encoder(x.flip(-1)))
             for name, code in codes.items():
                 if name not in arrays:
-                    path = f"{folder}/{name}.npy"
-                    arrays[name] = np.lib.format.open_memmap(path, "w+", np.float16, shape)
-                arrays[name][rows] = code.transpose(1, 2).unflatten(2, grid).half().cpu()
+                    arrays[name] = files.enter_context(open(f"{folder}/{name}.npy", "wb"))
+                    np.lib.format.write_array_header_1_0(arrays[name], header)
+                arrays[name].write(code.half().numpy().tobytes())
+        files.close()
         count = math.prod(shape)
         scale = (square / count - (total / count)**2) ** -0.5
         for name, array in dict(labels=dataset.labels, class_names=dataset.classes, scale=scale).items():
@@ -1190,11 +1268,11 @@ def export_latents(cfg, tokenizer):
 
         def write(file):
             with zipfile.ZipFile(file, "w") as archive:
-                for path in Path(folder).iterdir():
-                    archive.write(path, path.name)
+                for member in Path(folder).iterdir():
+                    archive.write(member, member.name)
 
-        common.write_atomic(cfg.export, write)
-    print(f"{cfg.export}: latents {shape}, scale {scale:.4f}")
+        common.write_atomic(path, write)
+    return scale
 
 
 @torch.no_grad()
@@ -1209,15 +1287,16 @@ def decode_latents(cfg, tokenizer, where):
     fits = shape == wanted
     common.require(fits, f"--decode {cfg.decode}: {shape} tokens and channels, {wanted} are wanted")
 
-    def decode(rows):
-        z = torch.from_numpy(np.array(found.images[rows], np.float32)).flatten(2).transpose(1, 2)
+    def decode(first, last):
+        z = torch.from_numpy(np.array(found.images[first:last], np.float32)).flatten(2).transpose(1, 2)
+        data.release(found.images)
         return tokenizer.decoder(z.to(common.device_of(cfg))).cpu()
 
     target = cfg.export or where / "decoded.npz"
-    blocks = (as_frames(decode(rows)) for rows in torch.arange(len(found)).split(64))
+    blocks = (as_frames(x) for x in common.share_blocks(decode, len(found), 64))
     common.export_images(target, blocks, len(found) * cfg.frames)
-    film(where / "decoded.png", decode(slice(8)), ["decoded"])
-    print(f"{len(found)} decoded: {where}/decoded.png, {target}")
+    film(where / "decoded.png", decode(0, min(8, len(found))), ["decoded"])
+    return f"{len(found)} decoded: {where}/decoded.png, {target}"
 
 
 def count_costs(cfg):
@@ -1260,7 +1339,8 @@ def run_sweep(cfg):
     rows.sort(key=lambda row: (row["E"], row["point"].model))
     for row in rows:
         tokenizer, _, _ = load(row["point"], common.run_stages(row["point"], STAGES))
-        x, row["decoded"], row["psnr"] = reconstruct(row["point"], tokenizer)
+        x, row["decoded"], figures = reconstruct(row["point"], tokenizer)
+        row["psnr"] = figures["psnr"]
     if common.rank() > 0:
         return
     print(f"{'model':>24}{'c':>5}{'E':>8}{'pixels/float':>14}{'MACs':>16}{'PSNR':>8}")
@@ -1280,16 +1360,18 @@ def use_checkpoint(cfg):
     tokenizer, generator, names = load(cfg, cfg.sample)
     where = common.sample_folder(cfg)
     if cfg.decode:
-        decode_latents(cfg, tokenizer, where)
+        text = decode_latents(cfg, tokenizer, where)
     elif cfg.export and generator:
-        export_samples(cfg, tokenizer, generator)
+        text = export_samples(cfg, tokenizer, generator)
     elif cfg.export:
-        export_latents(cfg, tokenizer)
+        text = export_latents(cfg, tokenizer)
     elif generator:
         show_samples(cfg, tokenizer, generator, names, where, 8)
-        print(f"{where}/samples.png")
+        text = f"{where}/samples.png"
     else:
-        print(f"{where}/reconstructions.png: psnr {show_reconstructions(cfg, tokenizer, where):.3f}")
+        text = f"{where}/reconstructions.png: psnr {show_reconstructions(cfg, tokenizer, where)['psnr']:.3f}"
+    if common.rank() == 0:
+        print(text)
 
 
 def main(cfg):
