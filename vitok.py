@@ -86,6 +86,7 @@ class Config:
     lr: float = 1e-4                    # > 0: peak learning rate for 256 images a step (times batch / 256)
     lr_disc: float = 2e-5               # >= 0: the discriminator's
     lr_dit: float = 1e-4                # >= 0: the generator's
+    muon: float = 0.0                   # >= 0: Muon for blocks at so many times the rate; 0: plain AdamW
     ema: float = 0.9999                 # in [0, 1]: decay of the averaged decoder and generator
     num_steps: int = 250                # >= 2: sampler steps
     cfg_scale: float = 1.5              # >= 0: classifier-free guidance; 1 is none
@@ -108,10 +109,9 @@ class Config:
     out: str = ""                       # folder for what --sample writes; default: samples/ beside it
     log: int = 100                      # >= 1: steps between log lines
     save: int = 5000                    # >= 1: steps between checkpoints
-    sampling: ClassVar = ("num_steps", "cfg_scale", "eta", "classes", "count", "data", "export", "decode", "gpus")
+    sampling: ClassVar = "num_steps cfg_scale eta classes count data gpus export decode".split()
 
-# Width, depth, heads (Tab. 1). Small keeps Base's width and halves the depth. Large is 1152 wide, not 1024:
-# its heads of 72 channels split in three, for the axes of a clip. The generators' sizes are those of DiT.
+# Width, depth, heads (Tab. 1). Large is 1152 wide: its heads of 72 channels split in three, for a clip's axes.
 SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}
 DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
@@ -809,7 +809,7 @@ def draw(dataset, cfg, step, device, stage="ae"):
         draws["drop"] = torch.rand(B, generator=generator) < cfg.label_dropout
         draws["time"] = torch.randint(1000, (B,), generator=generator)
     elif cfg.masked:
-        draws["length"] = (M // 2 ** torch.randint(4, (B,), generator=generator)).clamp(min=1)      # 32 to 256
+        draws["length"] = (M // 2 ** torch.randint(4, (B,), generator=generator)).clamp(min=1)  # V10
     draws = {name: common.shard(value).to(device) for name, value in draws.items()}
     names = ("noise", "eps") if stage == "dit" else ("noise",)
     shape = (len(names), B, M, cfg.channels)
@@ -844,12 +844,35 @@ def learning_rate(cfg, step, stage="ae"):
     return peak * stage_batch(cfg, stage) * frames / 256 * (low + (1 - low) * rise)
 
 
-def optimizer(model, cfg):
+def optimizer(model, cfg, muon=0.0):
     """AdamW of all stages (Sec. 2.3): biases and norms decay, too. The rate is set before every step.
 
-    No clipping: the official code clips before backward, to no effect.
+    No clipping: the official code clips before backward, to no effect. muon: our choice, Muon for the
+    matrices of the blocks at that multiple of the rate; 0 is the paper's.
     """
-    return torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    adamw = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    blocks = nn.ModuleList(module for module in model.modules() if isinstance(module, Block))
+    return common.with_muon(adamw, blocks, muon)
+
+
+def init_parts(cfg, model):
+    """What --init has for a model: (part, its name in the checkpoint, tables that may stay as they are).
+
+    A checkpoint of any stage starts an auto-encoder, one of stage dit a generator too, of any classes.
+    """
+    state = common.read_checkpoint(cfg.init, "vitok")["state"] if cfg.init else {}
+    if isinstance(model, DiT):
+        return [(model, "ema", ("label.weight",))] if "model" in state else []
+    if "disc" in state:
+        return [(model.encoder, "encoder", ()), (model.decoder, "ema", ())]
+    return [(model, "tokenizer", ())] if state else []
+
+
+def start_from(cfg, run, model):
+    """--init: another run's weights, unless this run goes on from its own."""
+    if not (cfg.resume and run.checkpoint.exists()):
+        for part, name, new in init_parts(cfg, model):
+            part.load_state_dict(common.init_state(cfg, part, name, new))
 
 
 def load(cfg, path):
@@ -878,7 +901,8 @@ def train_ae(cfg):
     run = common.Run(cfg, "ae", classes=dataset.classes)
     run.seed_weights()
     model = Autoencoder(cfg).to(device)
-    opt = optimizer(model, cfg)
+    start_from(cfg, run, model)
+    opt = optimizer(model, cfg, cfg.muon)
     start = run.restore(tokenizer=model, opt=opt)
     common.compile_blocks(cfg, model.blocks)
     read = common.read_ahead(lambda step: draw(dataset, cfg, step, device), device, run.total)
@@ -964,8 +988,9 @@ def train_dit(cfg):
     run.seed_weights()
     tokenizer, _, _ = load(cfg, earlier)
     model = DiT(cfg, len(dataset.classes)).to(device)
+    start_from(cfg, run, model)
     ema = copy.deepcopy(model).requires_grad_(False)
-    opt = optimizer(model, cfg)
+    opt = optimizer(model, cfg, cfg.muon)
     start = run.restore(frozen={"tokenizer": tokenizer}, model=model, ema=ema, opt=opt)
     common.compile_blocks(cfg, model.trunk.blocks)
     read = common.read_ahead(lambda step: draw(dataset, cfg, step, device, "dit"), device, run.total)
@@ -1074,7 +1099,9 @@ def prepare(cfg):
     K = len(train.classes)
     common.parse_classes(cfg.classes, K)
     for point in parse_sweep(cfg):
-        common.require_memory(cfg, lambda: nn.ModuleList([Autoencoder(point), DiT(point, K)]))
+        models = common.require_memory(cfg, lambda: nn.ModuleList([Autoencoder(point), DiT(point, K)]))
+        for part, name, new in [*init_parts(cfg, models[0]), *init_parts(cfg, models[1])]:
+            common.init_state(cfg, part, name, new)
     perceptual_features(cfg, "cpu")
 
 
@@ -1089,7 +1116,7 @@ def prepare(cfg):
 
 def in_class(ruler, x, labels):
     """1 for each clip (B, 3, T, H, W) whose first frame the ruler puts into its class, else 0 (B,)."""
-    return (ruler(x[:, :, 0].float().cpu()).argmax(1) == labels).float()                                 # (B)
+    return (ruler(x[:, :, 0].float().cpu()).argmax(1) == labels).float()
 
 
 @torch.no_grad()
@@ -1121,8 +1148,8 @@ def reconstruct(cfg, tokenizer, ruler=None):
 
 
 def draw_samples(cfg, tokenizer, generator, labels):
-    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), 100 at a time, each block from a random stream
-    of its own. All processes share the work, and each gets all of it."""
+    """Yields samples (m, 3, T, H, W) in [-1, 1] of labels (M,), 100 at a time, each block from a random
+    stream of its own. All processes share the work, and each gets all of it."""
     device = common.device_of(cfg)
 
     def make(first, last):

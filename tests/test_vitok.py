@@ -876,7 +876,7 @@ def trained(tmp_path_factory):
     (["--sweep", "/4"], "--sweep '/4': write"), (["--sweep", "/4:0"], "--sweep '/4:0': write"),
     (["--sweep", "/3:4"], "--size 8: not in whole tubelets"),
     (["--vgg", "none.pt"], "none.pt: no such file"), (["--data", "npz:none.npz"], "none.npz"),
-    (["--batch_dit", "3", "--gpus", "2"], "--batch_decoder, --batch_dit: must be multiples of --gpus 2"),
+    (["--batch_dit", "3", "--gpus", "2"], "--batch_decoder, --batch_dit: must be multiples of 2, --gpus times"),
     (["--sample", "none.pt"], "none.pt: ")])
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1131,19 +1131,74 @@ def test_sweep_prints_a_table_and_a_fit(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-6:] == text.splitlines()[-6:]
 
 
-def test_figures_of_a_run_that_is_not_short(trained, monkeypatch, capsys):
-    """V28, a PSNR a clip and then the mean; and the ruler's accuracy on --count samples, so many of each class."""
+def cells(x):
+    """Clips (M, 3, 1, H, W) as the bytes that a picture shows of them."""
+    return common.to_uint8(x)[:, :, 0].numpy()
+
+
+def test_figures_and_pictures_of_a_run_that_is_not_short(trained, monkeypatch, capsys):
+    """V28, a PSNR a clip and then the mean; the ruler's accuracy on --count samples, so many of each class, on as many
+    reconstructions and on the test images themselves. Which judge, which split and which weights is seen, too."""
     monkeypatch.chdir(trained)
-    few(monkeypatch, 30)
-    monkeypatch.setattr(common, "judge", lambda split, role: lambda x: F.one_hot(torch.full((len(x),), 3), 10).float())
-    cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", "runs/vitok/image/dit.pt", "--count", "29"])
+    few(monkeypatch, 130)
+    asked, shown = [], {}
+    opened = vitok.open_split
+    monkeypatch.setattr(vitok, "open_split", lambda cfg, split, *count: asked.append(split) or opened(cfg, split, *count))
+    monkeypatch.setattr(common, "judge", lambda split, role: asked.append(role) or (
+        lambda x: F.one_hot((x.mean((1, 2, 3)) * 1e5).long() % 10, 10).float()))
+    monkeypatch.setattr(vitok, "film", lambda path, x, rows, heads=(): shown.setdefault(path.name, x))
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", "runs/vitok/image/dit.pt", "--count", "120"])
     cfg = dataclasses.replace(cfg, steps=100, sample="")
     result = vitok.report(cfg, trained / "runs/vitok/image/dit.pt")
-    x, y, psnr = vitok.reconstruct(cfg, vitok.load(cfg, "runs/vitok/image/dit.pt")[0])
+    assert asked == ["judge", "ruler", "test", "train"] and list(result) == ["psnr", "decoded", "real", "accuracy"]
+    test, saved = opened(cfg, "test", 120), torch.load("runs/vitok/image/dit.pt", weights_only=True)["state"]
+    tokenizer, generator = vitok.Autoencoder(cfg), vitok.DiT(cfg, 10)
+    tokenizer.load_state_dict(saved["tokenizer"])
+    generator.load_state_dict(saved["ema"])                                            # the averaged one
+    x, labels = vitok.clips(test, np.arange(120)), torch.arange(10).repeat_interleave(12)
+    with torch.no_grad():
+        y = tokenizer(x)[0].clamp(-1, 1)
+        z = [vitok.sample(generator, part, common.make_generator(0, i, "sample"), 3, 2.0)
+             for i, part in enumerate(labels.split(100))]
+        drawn = tokenizer.decoder(torch.cat(z)).clamp(-1, 1)
     want = [10 * math.log10(4 / np.mean((a - b) ** 2)) for a, b in zip(x.double().numpy(), y.double().numpy())]
-    assert len(want) == 29 and result["psnr"] == psnr == pytest.approx(np.mean(want), rel=1e-5)
-    assert result["accuracy"] == 0.1 and y.abs().max() <= 1
-    assert "psnr" in capsys.readouterr().out
+    assert result["psnr"] == pytest.approx(np.mean(want), rel=1e-5)
+    for name, images, classes in (("decoded", y, test.labels), ("real", x, test.labels), ("accuracy", drawn, labels)):
+        guessed = (images[:, :, 0].mean((1, 2, 3)) * 1e5).long() % 10
+        assert result[name] == pytest.approx((guessed == torch.as_tensor(classes)).double().mean().item(), abs=1e-6), name
+    assert (cells(shown["reconstructions.png"]) == cells(torch.cat((x[:10], y[:10])))).all()
+    assert (cells(shown["samples.png"]) == cells(drawn.unflatten(0, (10, 12))[:, :8].flatten(0, 1))).all()
+    first, train = drawn[::12], vitok.clips(opened(cfg, "train"), np.arange(130))
+    near = train[torch.cdist(first.flatten(1), train.flatten(1)).argmin(1)]
+    assert (cells(shown["nearest.png"]) == cells(torch.cat((first, near)))).all()
+    assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("figures, code", [((30, 1), 0), ((30, 0.0), 1), ((9, 1), 1)])
+def test_the_demos_target_counts_in_the_demo_alone(figures, code, monkeypatch, capsys):
+    monkeypatch.setattr(common, "run_stages", lambda cfg, stages: None)
+    monkeypatch.setattr(vitok, "report", lambda cfg, path: dict(zip(("psnr", "accuracy"), figures)))
+    demo = common.cli(vitok.Config, vitok.PRESETS, "", [])
+    assert vitok.train(demo) == code and ("MISSED" in capsys.readouterr().out) == bool(code)
+    assert vitok.train(dataclasses.replace(demo, seed=1)) == 0 and not capsys.readouterr().out
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    assert vitok.train(demo) == 0
+
+
+def test_every_checkpoint_gives_averaged_weights(trained, monkeypatch):
+    """Of decoder.pt the averaged decoder, of dit.pt the averaged generator; of ae.pt, which averages nothing, what it has."""
+    monkeypatch.chdir(trained)
+    for stage, parts in (("ae", {"tokenizer": "tokenizer"}), ("decoder", {"ema": "decoder", "encoder": "encoder"}),
+                         ("dit", {"tokenizer": "tokenizer", "ema": "generator"})):
+        cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", f"runs/vitok/image/{stage}.pt"])
+        tokenizer, generator, _ = vitok.load(cfg, cfg.sample)
+        state = torch.load(cfg.sample, weights_only=True)["state"]
+        own = {"tokenizer": tokenizer, "decoder": tokenizer.decoder, "encoder": tokenizer.encoder, "generator": generator}
+        for name, mine in parts.items():
+            assert all(torch.equal(value, own[mine].state_dict()[key]) for key, value in state[name].items())
+        if stage != "ae":
+            raw = state["decoder" if stage == "decoder" else "model"]
+            assert any(not torch.equal(value, state["ema"][key]) for key, value in raw.items())
 
 
 def test_pictures_of_clips_are_animated_and_of_equal_rows(tmp_path):
@@ -1206,7 +1261,7 @@ def test_memory_of_an_export_does_not_grow_with_the_data(trained, monkeypatch):
         def __len__(self):
             return self.count
 
-        def pixels(self, index):
+        def pixels(self, index, device="cpu"):
             return torch.zeros(len(index), 3, 8, 8)
 
     peaks = []
@@ -1234,6 +1289,26 @@ def test_samples_are_kept_where_export_says(name, frames, trained, monkeypatch):
     z = vitok.sample(generator, labels, common.make_generator(0, 0, "sample"), 3, 2.0)
     want = common.to_uint8(vitok.as_frames(tokenizer.decoder(z))).permute(0, 2, 3, 1)
     assert (kept == want.numpy()).all()
+
+
+@pytest.mark.parametrize("stage, words", [("dit", ["--export", "two"]), ("dit", []), ("ae", ["--export", "two.npz"]), ("ae", [])])
+def test_other_processes_make_their_blocks_and_write_nothing(stage, words, trained, tmp_path, monkeypatch, capsys):
+    """Rank 1's share is made alike; rank 0 alone writes and prints."""
+    monkeypatch.chdir(tmp_path)
+    few(monkeypatch, 150)
+    made = []
+
+    def all_blocks(make, count, size=100, start=0):
+        for first in range(start, count, size):
+            made.append((first, min(count, first + size)))
+            yield make(*made[-1])
+
+    monkeypatch.setattr(common, "share_blocks", all_blocks)
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    run("--sample", trained / f"runs/vitok/image/{stage}.pt", "--count", "120", "--out", "pictures", *words)
+    assert made == ([(0, 80)] if stage == "dit" and not words else [(0, 64), (64, 128), (128, 150)] if words and stage == "ae"
+                    else [(0, 100), (100, 120)])
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
 
 
 def recipe():
@@ -1278,9 +1353,258 @@ def test_sampling_never_touches_the_run(trained, stage, monkeypatch):
     assert (where / "samples" / {"ae": "reconstructions.png", "dit": "samples.png"}[stage]).exists()
 
 
+# --- Training loops by value -------------------------------------------------------
+
+LOOPS = dict(size=8, model="12x1x2-12x2x2/4", channels=2, disc=4, dit="12x1x2", batch=4, batch_decoder=6, batch_dit=8, lr=0.5,
+             lr_disc=0.4, lr_dit=0.3, gan=0.5, kl=0.3, perceptual=0.7, label_dropout=0.4, flip=True, ema=0.9, steps=20,
+             steps_ae=34, steps_decoder=20, steps_dit=20, num_steps=3, count=10, seed=3, log=5, save=100)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def looped(tmp_path_factory):
+    """A folder with one run of all stages in float64, through every change of phase."""
+    where = tmp_path_factory.mktemp("looped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        few(patch, 50)
+        torch.set_default_dtype(torch.float64)
+        try:
+            run(*argv("vitok", **LOOPS, name="whole"))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return where
+
+
+def ended(stage):
+    return torch.load(f"runs/vitok/whole/{stage}.pt", weights_only=True)["state"]
+
+
+def close(model, state):
+    assert model.state_dict().keys() == state.keys()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=1e-9, msg=name)
+
+
+def begin(stage):
+    """Configuration, data, features and the stage's random state, as a run finds them."""
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", argv("vitok", **LOOPS, name="whole"))
+    torch.manual_seed(common.make_generator(3, 0, f"{stage} weights").initial_seed())
+    return cfg, vitok.open_split(cfg, "train", 50)
+
+
+def rate_of(opt, lr):
+    for group in opt.param_groups:
+        group["lr"] = lr
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
+
+
+def cosine(done, warmup, low):
+    """Linear from `low` to 1 in the warm-up, then half a cosine down to `low` again."""
+    up = done / warmup if done < warmup else (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+    return low + (1 - low) * up
+
+
+def test_stage_ae_by_a_plain_loop(looped, float64, monkeypatch):
+    """V11, V12 and V26: 34 steps, of which the second is the warm-up's last (3 %), then the cosine to its end."""
+    monkeypatch.chdir(looped)
+    cfg, pictures = begin("ae")
+    model = vitok.Autoencoder(cfg)
+    opt, teacher = adamw(model), vitok.perceptual_features(cfg, "cpu")
+    for step in range(34):
+        (x, _), draws = vitok.draw(pictures, cfg, step, torch.device("cpu"), "ae")
+        rate_of(opt, 0.5 * 4 / 256 * cosine(step / 34, 0.03, 0.025))
+        recon, mean, logvar = model(x, draws["noise"])
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        loss = (recon - x).square().mean() + 0.3 * kl + 0.7 * vitok.lpips(recon, x, teacher).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    close(model, ended("ae")["tokenizer"])
+
+
+def test_stage_decoder_by_a_plain_loop(looped, float64, monkeypatch):
+    """V14 to V16: the GAN counts from step 2 (5 % of 20) on and fully from 12; the discriminator learns from step 0, its rate
+    rises in 5 steps (25k of 100k); both see the decoder before its step; the average follows both."""
+    monkeypatch.chdir(looped)
+    cfg, pictures = begin("decoder")
+    model, disc = vitok.Autoencoder(cfg), vitok.Discriminator(8, 4)
+    model.load_state_dict(ended("ae")["tokenizer"])
+    ema = {name: value.clone() for name, value in model.decoder.named_parameters()}
+    opt, opt_disc, teacher = adamw(model.decoder), adamw(disc), vitok.perceptual_features(cfg, "cpu")
+    for step in range(20):
+        (x, _), draws = vitok.draw(pictures, cfg, step, torch.device("cpu"), "decoder")
+        rate_of(opt, 0.5 * 6 / 256 * cosine(step / 20, 0.03, 0.025))
+        rate_of(opt_disc, 0.4 * 6 / 256 * min((step + 1) / 5, 1))
+        recon = model(x, draws["noise"])[0]
+        weight = 0.5 * min(max((step - 1) / 10, 0), 1)
+        loss = (recon - x).square().mean() + 0.7 * vitok.lpips(recon, x, teacher).mean() - weight * disc(recon).mean()
+        grads = torch.autograd.grad(loss, list(model.decoder.parameters()), retain_graph=True)
+        hinge = (1 - disc(x)).relu().mean() / 2 + (1 + disc(recon.detach())).relu().mean() / 2
+        for optimizer, net, found in ((opt, model.decoder, grads), (opt_disc, disc, torch.autograd.grad(hinge, list(disc.parameters())))):
+            for parameter, grad in zip(net.parameters(), found):
+                parameter.grad = grad
+            optimizer.step()
+        ema = {name: 0.9 * ema[name] + 0.1 * value.detach() for name, value in model.decoder.named_parameters()}
+    state = ended("decoder")
+    for net, name in ((model.encoder, "encoder"), (model.decoder, "decoder"), (disc, "disc")):
+        close(net, state[name])
+    torch.testing.assert_close(ema, dict(state["ema"]), rtol=0, atol=1e-9)
+
+
+def test_stage_dit_by_a_plain_loop(looped, float64, monkeypatch):
+    """V18, V19 and V26: codes with noise from the averaged auto-encoder, labels lost at .4, warm-up of 2 steps (10 %), average."""
+    monkeypatch.chdir(looped)
+    cfg, pictures = begin("dit")
+    encoder = vitok.Autoencoder(cfg).encoder
+    encoder.load_state_dict(ended("decoder")["encoder"])
+    model = vitok.DiT(cfg, 10)
+    ema, opt, lost = {name: value.detach().clone() for name, value in model.named_parameters()}, adamw(model), 0
+    for step in range(20):
+        (x, y), draws = vitok.draw(pictures, cfg, step, torch.device("cpu"), "dit")
+        rate_of(opt, 0.3 * 8 / 256 * cosine(step / 20, 0.1, 0.075))
+        with torch.no_grad():
+            mean, logvar = encoder(x)
+        z, bar = mean + logvar.exp().sqrt() * draws["noise"], vitok.alphas_cumprod[draws["time"]].view(-1, 1, 1)
+        noisy, label = bar.sqrt() * z + (1 - bar).sqrt() * draws["eps"], torch.where(draws["drop"], 10, y)
+        noise, v = model(noisy, draws["time"], label).chunk(2, 2)
+        loss = (noise - draws["eps"]).square().mean()
+        loss = loss + vitok.variational_bound(z, noisy, noise.detach(), v, draws["time"]).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        ema = {name: 0.9 * ema[name] + 0.1 * value.detach() for name, value in model.named_parameters()}
+        lost += draws["drop"].sum().item()
+    state = ended("dit")
+    close(model, state["model"])
+    torch.testing.assert_close(ema, dict(state["ema"]), rtol=0, atol=1e-9)
+    assert 40 < lost < 90                                                              # of 160
+
+
+@pytest.mark.parametrize("model", [vitok.Autoencoder(config()), vitok.DiT(config(), 5)])
+def test_muon_takes_the_blocks_matrices_at_its_own_rate(model):
+    """All else stays with AdamW, and nothing is left to Muon where the paper's optimizer is asked for."""
+    assert type(vitok.optimizer(model, config())) is torch.optim.AdamW
+    opt = vitok.optimizer(model, config(), 3.0)
+    common.set_learning_rate(opt, 0.5)
+    rates = {parameter: group["lr"] for group in opt.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert rates[parameter] == (1.5 if ".blocks." in name and parameter.ndim == 2 else 0.5), name
+    assert {group["weight_decay"] for group in opt.param_groups} == {1e-4}
+
+
+@pytest.mark.parametrize("stage", ["ae", "decoder", "dit"])
+def test_parts_of_a_batch_learn_what_the_whole_learns(stage, looped, float64, monkeypatch):
+    """--accumulate, in all stages: also the discriminator's parts; what is logged is the mean over them."""
+    monkeypatch.chdir(looped)
+    few(monkeypatch, 50)
+    for other in ("ae", "decoder"):
+        (looped / f"runs/vitok/parts-{stage}").mkdir(parents=True, exist_ok=True)
+        if stage != other:
+            (looped / f"runs/vitok/parts-{stage}/{other}.pt").write_bytes((looped / f"runs/vitok/whole/{other}.pt").read_bytes())
+    cfg = common.cli(vitok.Config, vitok.PRESETS, "", argv("vitok", **LOOPS | dict(name=f"parts-{stage}", stage=stage, accumulate=2)))
+    vitok.STAGES[stage](cfg)
+    state = torch.load(f"runs/vitok/parts-{stage}/{stage}.pt", weights_only=True)["state"]
+    for part, tensors in ended(stage).items():
+        if not part.startswith("opt"):
+            for name, value in tensors.items():
+                torch.testing.assert_close(state[part][name], value, rtol=0, atol=1e-9, msg=f"{part} {name}")
+    logs = [[json.loads(line) for line in open(f"runs/vitok/{name}/log-{stage}.jsonl")] for name in ("whole", f"parts-{stage}")]
+    for one, two in zip(*logs):
+        assert [one[key] for key in ("step", "loss")] == pytest.approx([two[key] for key in ("step", "loss")], abs=1e-9)
+
+
+def test_a_stage_draws_what_it_uses_and_nothing_depends_on_anything(monkeypatch):
+    """By name; of named streams that differ by seed, step and stage; flips, drops, times, noise and eps independent."""
+    cfg = config(batch=4096, channels=1, size=16, objects=1, flip=True, label_dropout=0.3)
+    seen = []
+
+    class Pictures:
+        labels = np.arange(500) % 10
+
+        def __len__(self):
+            return 500
+
+        def pixels(self, index, device):
+            seen.append((index, device))
+            return torch.from_numpy(index[:, None, None, None] * np.array([0.001, 0.002], np.float32)).expand(-1, 3, 1, 2)
+
+    def drawn(stage, step=5, **fields):
+        return vitok.draw(Pictures(), dataclasses.replace(cfg, **fields), step, torch.device("cpu"), stage)
+
+    assert list(drawn("ae")[1]) == list(drawn("decoder")[1]) == ["noise"]
+    assert sorted(drawn("ae", masked=True)[1]) == ["length", "noise"]
+    (x, y), draws = drawn("dit")
+    assert sorted(draws) == ["drop", "eps", "noise", "time"] and seen[-1][1] == torch.device("cpu")
+    index = torch.from_numpy(seen[-1][0])
+    assert torch.equal(y, index % 10)
+    flipped = x[:, 0, 0, 0, 0] > x[:, 0, 0, 0, 1]
+    torch.testing.assert_close(x[:, 0, 0, 0].sum(1), index * 0.003, rtol=1e-5, atol=1e-6)
+    facts = {"index": index, "flip": flipped, "drop": draws["drop"], "time": draws["time"],
+             "noise": draws["noise"].mean((1, 2)), "eps": draws["eps"].mean((1, 2))}
+    table = np.corrcoef(np.stack([np.asarray(value, float) for value in facts.values()]))
+    assert np.abs(table - np.eye(6)).max() < 0.06, table                               # nearly 4 s.d. of 1 / 64
+    pieces = np.abs(np.corrcoef([np.asarray(v.flatten()) for v in (draws["noise"], draws["eps"])])[0, 1])
+    assert pieces < 0.04 and abs(draws["drop"].double().mean() - 0.3) < 0.03
+    assert draws["time"].min() == 0 and draws["time"].max() == 999 and abs(draws["time"].double().mean() - 499.5) < 18
+    lengths = drawn("ae", masked=True, size=64)[1]["length"]                            # of 64 tokens
+    assert lengths.unique().tolist() == [8, 16, 32, 64] and lengths.bincount().max() < 1150
+    for other in (drawn("dit", step=6), drawn("dit", seed=1)):
+        for name in draws:
+            assert not torch.equal(other[1][name], draws[name]), name
+    for stage in ("ae", "decoder"):
+        assert not torch.equal(drawn(stage)[1]["noise"], draws["noise"]) and not torch.equal(drawn(stage)[0][0], x)
+
+
+def test_another_runs_weights_start_a_run(trained, monkeypatch, capsys):
+    """--init: of any checkpoint the averaged auto-encoder; of dit.pt also the averaged generator, with new rows for new
+    classes; not when the run goes on from its own; what does not fit is refused before anything is written."""
+    monkeypatch.chdir(trained)
+    np.savez("two.npz", images=np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), labels=np.arange(40) % 2)
+    begun = []
+    monkeypatch.setattr(common.Run, "steps", lambda self, start: begun.append(copied(self.objects)) or [])
+    words = argv("vitok", data="two.npz", name="begun", steps=4)
+    for source in ("ae", "decoder", "dit"):
+        cfg = common.cli(vitok.Config, vitok.PRESETS, "", [*words, "--data", "npz:two.npz", "--init", f"runs/vitok/image/{source}.pt"])
+        state = torch.load(cfg.init, weights_only=True)["state"]
+        vitok.prepare(cfg)
+        vitok.train_ae(dataclasses.replace(cfg, name=f"begun-{source}"))
+        for name, value in begun[-1]["tokenizer"].items():
+            side, key = name.split(".", 1)
+            wanted = state["tokenizer"][name] if source != "decoder" else state["ema" if side == "decoder" else "encoder"][key]
+            assert torch.equal(value, wanted), (source, name)
+        monkeypatch.setattr(common, "require_stage", lambda cfg, stage: trained / "runs/vitok/image/ae.pt")
+        vitok.train_dit(dataclasses.replace(cfg, name=f"begun-{source}"))
+        same = [torch.equal(begun[-1][part][name], value) for part in ("model", "ema") for name, value in
+                state.get("ema", {}).items() if source == "dit" and name != "label.weight"]
+        assert all(same) and bool(same) == (source == "dit") and begun[-1]["model"]["label.weight"].shape == (3, 12)
+        assert source == "dit" or begun[-1]["model"]["head.weight"].abs().max() == 0     # a fresh one
+    monkeypatch.undo()
+    monkeypatch.chdir(trained)
+    few(monkeypatch, 500)
+    for words, message in ((["--channels", "4"], "ae.pt: does not fit: encoder.to_code.weight is [4, 12] there and [8, 12] here"),
+                           (["--init", "runs/vitok/none.pt"], "none.pt: not a checkpoint")):
+        text = refused(run, [*argv("vitok", name="wrong"), "--init", "runs/vitok/image/ae.pt", *words], capsys)
+        assert message in text and not (trained / "runs/vitok/wrong").exists()
+
+
+def copied(objects):
+    return {name: {key: value.clone() for key, value in thing.state_dict().items() if torch.is_tensor(value)}
+            for name, thing in objects.items()}
+
+
 @pytest.mark.parametrize("words", [
     {"rope": "1d"}, {"rope": "none"}, {"act": "gelu"}, {"variational": False}, {"perceptual": 0.0}, {"gan": 0.0},
-    {"stage": "ae"}, {"flip": True}, {"eta": 0.5}])
+    {"stage": "ae"}, {"flip": True}, {"eta": 0.5}, {"muon": 2.0}])
 def test_every_option_runs_a_step(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(*argv("vitok", **{"steps": 1, **words}))
