@@ -111,7 +111,7 @@ class Config:
     save: int = 5000                    # >= 1: steps between checkpoints
     sampling: ClassVar = "num_steps cfg_scale eta classes count data gpus export decode".split()
 
-# Width, depth, heads (Tab. 1). Large is 1152 wide: its heads of 72 channels split in three, for a clip's axes.
+# Width, depth, heads (Tab. 1). Large is 1152 wide: its heads of 72 channels split in three, for clips.
 SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}
 DIT_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 

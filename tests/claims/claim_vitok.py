@@ -125,13 +125,20 @@ def ssim(x, y):
     return (top / ((mx**2 + my**2 + 4e-4) * (vx + vy + 3.6e-3))).mean().item()
 
 
+def psnr_of(model, cfg):
+    """PSNR of --count test clips."""
+    return vitok.reconstruct(cfg, model)[2]["psnr"]
+
+
 def reconstructed(model, cfg):
     """PSNR, SSIM and toy Frechet distance of test reconstructions, with the real-against-real floor."""
-    x, y, psnr = vitok.reconstruct(cfg, model)
+    test = vitok.open_split(cfg, "test", cfg.count)
+    x = vitok.clips(test, np.arange(min(cfg.count, len(test))))
+    y = common.in_blocks(lambda block: model(block)[0].clamp(-1, 1), torch.device("cpu"), x)
     a, b = (v.transpose(1, 2).flatten(0, 1) for v in (x, y))
     ruler, half = judge(cfg, "ruler"), len(a) // 2
     real, decoded = ruler.features(a), ruler.features(b[half:])
-    return {"psnr": psnr, "ssim": ssim(a, b), "FD": common.frechet(decoded, real[:half]),
+    return {"psnr": psnr_of(model, cfg), "ssim": ssim(a, b), "FD": common.frechet(decoded, real[:half]),
             "floor": common.frechet(real[half:], real[:half])}
 
 
@@ -185,8 +192,7 @@ def size_of_the_code(scale):
     fits, table = {"E": [], "MACs": []}, {}
     for seed in seeds(scale):
         cfgs = grid(scale, seed)
-        results = [vitok.reconstruct(cfg, fit(cfg)) for cfg in cfgs]
-        psnr = [value for _, _, value in results]
+        psnr = [psnr_of(fit(cfg), cfg) for cfg in cfgs]
         E = [vitok.count_costs(cfg)["E"] for cfg in cfgs]
         fits["E"].append(vitok.least_squares(np.log2(E), psnr))
         fits["MACs"].append(vitok.least_squares(np.log2([macs(cfg) for cfg in cfgs]), psnr))
@@ -225,7 +231,7 @@ def depths(scale):
     for seed in seeds(scale):
         for name, model in variants.items():
             cfg = config(scale, seed, model=model, steps=2 * STEPS[scale])
-            psnr[name].append(vitok.reconstruct(cfg, fit(cfg))[2])
+            psnr[name].append(psnr_of(fit(cfg), cfg))
     gain = {name: float(np.mean(psnr[name]) - np.mean(psnr["1-1"])) for name in ("3-1", "1-3")}
     shown = abs(gain["3-1"]) < 0.2 and gain["1-3"] > 0.1
     return {"claim": "a larger decoder helps reconstruction, a larger encoder hardly",
@@ -300,7 +306,7 @@ def convolutions(scale):
         cfg = config(scale, seed)
         for name, make in (("ViTok", vitok.Autoencoder), ("conv", ConvAutoencoder)):
             model = fit(dataclasses.replace(cfg, lr=cfg.lr if name == "ViTok" else 1e-2), make)
-            psnr[name].append(vitok.reconstruct(cfg, model)[2])
+            psnr[name].append(psnr_of(model, cfg))
             cost[name] = common.flops(lambda: model(torch.zeros(1, 3, 1, 32, 32))) / 2e6
     gap, ratio = np.mean(psnr["ViTok"]) - np.mean(psnr["conv"]), cost["conv"] / cost["ViTok"]
     return {"claim": "competitive reconstruction at 2 to 5 times fewer FLOPs than convolutional auto-encoders",
@@ -338,7 +344,7 @@ def video(scale):
     for seed in seeds(scale):
         cfg = config(scale, seed, model="72x1x6-72x2x6/2x8", frames=8, channels=16, batch=8)
         for name, make in (("tubelets", vitok.Autoencoder), ("frame by frame", FrameByFrame)):
-            psnr[name].append(vitok.reconstruct(dataclasses.replace(cfg, count=100), fit(cfg, make))[2])
+            psnr[name].append(psnr_of(fit(cfg, make), dataclasses.replace(cfg, count=100)))
     gain = float(np.mean(psnr["tubelets"]) - np.mean(psnr["frame by frame"]))
     return {"claim": "video is reconstructed better than its frames at equal pixels per float",
             "paper": "33.2 dB for clips against 26.1 dB for images at 48 pixels per float",
@@ -352,7 +358,7 @@ def clip_length(scale):
     for seed in seeds(scale):
         for frames in (4, 8, 16):
             cfg = config(scale, seed, model="72x1x6-72x2x6/2x8", frames=frames, channels=16, batch=64 // frames, count=100)
-            psnr.setdefault(frames, []).append(vitok.reconstruct(cfg, fit(cfg))[2])
+            psnr.setdefault(frames, []).append(psnr_of(fit(cfg), cfg))
     mean = [float(np.mean(v)) for v in psnr.values()]
     return {"claim": "longer clips help a little", "paper": "PSNR 25.6, 26.3, 27.9 for 16, 32, 64 frames; not monotone in rFVD",
             "measured": "; ".join(f"{frames} frames {spread(v)} dB" for frames, v in psnr.items()),
