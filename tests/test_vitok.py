@@ -1308,7 +1308,7 @@ def test_other_processes_make_their_blocks_and_write_nothing(stage, words, train
     run("--sample", trained / f"runs/vitok/image/{stage}.pt", "--count", "120", "--out", "pictures", *words)
     assert made == ([(0, 80)] if stage == "dit" and not words else [(0, 64), (64, 128), (128, 150)] if words and stage == "ae"
                     else [(0, 100), (100, 120)])
-    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()] and not capsys.readouterr().out
 
 
 def recipe():
