@@ -29,6 +29,7 @@ Read in this order: hybrid, Attention, Block, ARFlow, loss, sample, draw, train.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -61,6 +62,7 @@ class Config:
     label_dropout: float = 0.1                       # in [0, 1]: share of sequences without their label
     steps: int = 400_000                             # >= 1: optimizer steps (paper, 128 px; 256 px unknown)
     batch: int = 8                                   # >= 1: sequences a step, over all processes
+    accumulate: int = 1                              # >= 1: equal parts of a process's batch, in turn
     lr: float = 1e-4                                 # > 0: learning rate of AdamW (official: constant)
     warmup: int = 0                                  # >= 0: our choice: steps of rising learning rate
     cooldown: float = 0.0                            # in [0, 1]: our choice: share of the steps of falling lr
@@ -78,6 +80,7 @@ class Config:
     device: str = "auto"                             # auto, cpu or cuda
     bf16: bool = False                               # bf16 on CUDA, attention in fp32; official code: TF32
     compile: bool = False                            # torch.compile for the blocks; minutes on a CPU
+    init: str = ""                                   # checkpoint whose weights this run starts from
     name: str = ""                                   # run folder runs/arflow/NAME; default: the preset
     resume: bool = False                             # go on from runs/arflow/NAME/last.pt
     sample: str = ""                                 # checkpoint to draw from, instead of training
@@ -86,7 +89,7 @@ class Config:
     save: int = 5000                                 # >= 1: steps between checkpoints and preview pictures
 
     sampling: ClassVar = (                           # what --sample may change
-        "num_steps", "cfg_scale", "cfg_channels", "context", "classes", "count", "export")
+        "num_steps", "cfg_scale", "cfg_channels", "context", "classes", "count", "export", "gpus")
 
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}       # D, depth, H
@@ -106,6 +109,8 @@ PRESETS = {
         width=D, depth=depth, heads=OTHER_HEADS.get((letter, p), H))
        for letter, (D, depth, H) in SIZES.items() for p in (2, 4, 8) for pixels in (128, 256)},
 }
+OF_THE_DATA = ("label.weight", "latent_scale")         # what --init does not take over from other data
+
 # Class accuracy of the demo's 200 samples, mean - 4 s.d. of seeds 0 to 4: .83, .79, .745, .87, .85.
 TARGET = 0.61
 
@@ -450,16 +455,24 @@ def sample(model, y, generator, num_steps=250, cfg_scale=1.0, cfg_channels=3, co
 
 
 def sample_blocks(model, cfg, labels):
-    """Samples of labels (M,) in blocks of 100: yields images (m, C, h, w), snapshots (m, 9, C, h, w)."""
+    """Samples of labels (M,) in blocks of 100: yields images (m, C, h, w), snapshots (m, 9, C, h, w).
+
+    The ranks share the blocks; each block has its own generator, so that their number changes nothing.
+    """
     device = model.pos_embed.device
     context = cfg.context if cfg.images > 1 else "reset"                # n = 1 never learnt to read a state
     # eight noisy images, evenly spaced, and the last
     snapshots = [round(i * (cfg.num_steps - 1) / 8) for i in range(8)] + [cfg.num_steps]
-    for start in tqdm(range(0, len(labels), 100), desc="sampling", disable=len(labels) <= 100, leave=False):
-        y = torch.as_tensor(labels[start:start + 100], device=device)
-        generator = common.make_generator(cfg.seed, start, "sample", device)
+
+    def make(first, last):
+        y = torch.as_tensor(labels[first:last], device=device)
+        generator = common.make_generator(cfg.seed, first, "sample", device)
         x, trajectory = sample(model, y, generator, cfg.num_steps, cfg.cfg_scale, cfg.cfg_channels, context)
-        yield x.cpu(), torch.stack([trajectory[i] for i in snapshots], 1)
+        return x.cpu(), torch.stack([trajectory[i] for i in snapshots], 1)
+
+    blocks = common.share_blocks(make, len(labels), 100)
+    silent = len(labels) <= 100 or common.rank() > 0
+    yield from tqdm(blocks, "sampling", math.ceil(len(labels) / 100), disable=silent, leave=False)
 
 
 def sample_many(model, cfg, labels):
@@ -499,11 +512,11 @@ def draw(dataset, cfg, step, device):
     flip = common.shard(flip).reshape(-1)
     if dataset.latent:
         noise = common.shard(torch.randn(B, n, *dataset.images.shape[1:], generator=cpu_generator))
-        x1 = dataset.latents(index, flip, noise.flatten(0, 1))
+        x1 = dataset.latents(index, flip, noise.flatten(0, 1), device)
     else:
-        x1 = dataset.pixels(index)
-        x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
-    x1 = x1.unflatten(0, (-1, n)).to(device)
+        x1 = dataset.pixels(index, device)
+        x1 = torch.where(flip.to(device)[:, None, None, None], x1.flip(-1), x1)
+    x1 = x1.unflatten(0, (-1, n))
 
     x0 = common.shard_noise((B, *x1.shape[1:]), cfg.seed, step, "noise", device)
     y, t, drop = (common.shard(value).to(device) for value in (y, t, drop))
@@ -537,22 +550,27 @@ def train(cfg):
     run = common.Run(cfg, classes=dataset.classes)
     run.seed_weights()
     model = ARFlow(cfg, dataset.images.shape[1], len(dataset.classes), dataset.scale).to(device)
+    common.load_init(cfg, model, new=OF_THE_DATA)
+    model.latent_scale.copy_(torch.as_tensor(dataset.scale))            # of these data, not of --init's
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg)
     start = run.restore(model=model, ema=ema, opt=opt)
     common.compile_blocks(cfg, model.blocks)
+    read = common.read_ahead(lambda step: draw(dataset, cfg, step, device), device, run.total)
     for step in run.steps(start):
-        batch, draws = draw(dataset, cfg, step, device)
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step))
-        with common.autocast(cfg):
-            value, losses = loss(model, batch, draws)
         opt.zero_grad()
-        value.backward()
+        for part, part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                value, losses = loss(model, part, part_draws)
+            (value / cfg.accumulate).backward()
+            run.add(loss=value, **losses)
         common.average_gradients(model.parameters())
         nn.utils.clip_grad_value_(model.parameters(), cfg.clip)
         opt.step()
         common.ema_update(ema, model, cfg.ema)
-        run.log(step, loss=value, **losses)
+        run.log(step)
         run.save(step)                                                  # after a signal the process ends here
         preview(run, step, ema, cfg, dataset)                           # draws from its own generators
     return finish(run, start, ema, cfg, dataset)
@@ -597,7 +615,10 @@ def prepare(cfg):
     if cfg.sample:
         return
     train = open_split(cfg, "train")
-    common.require_memory(cfg, lambda: ARFlow(cfg, train.images.shape[1], len(train.classes)))
+    shape = cfg, train.images.shape[1], len(train.classes), train.scale
+    model = common.require_memory(cfg, lambda: ARFlow(*shape))
+    if cfg.init:
+        common.init_state(cfg, model, new=OF_THE_DATA)                  # refuses what does not fit
     splits = {"train": train}
     if measured(cfg):
         judge_split = open_split(cfg, "judge")
@@ -635,17 +656,18 @@ def pictures(folder, snapshots, labels, names):
 
 
 def draw_pictures(run, ema, cfg, dataset, count):
-    """Pictures of `count` samples, each class in turn; returns the images and their labels."""
+    """Pictures of `count` samples, each class in turn; returns images and labels. The ranks share them."""
     labels = np.arange(count) % len(dataset.classes)
     images, snapshots = sample_many(ema, cfg, labels)
-    pictures(run.folder, snapshots, labels, dataset.classes)
+    if common.rank() == 0:
+        pictures(run.folder, snapshots, labels, dataset.classes)
     return images, labels
 
 
 def preview(run, step, ema, cfg, dataset):
     """Pictures on the way, as often as checkpoints; none of latents."""
     on_the_way = run.due(step, cfg.save) and step + 1 < run.total
-    if on_the_way and common.rank() == 0 and not dataset.latent:
+    if on_the_way and not dataset.latent:
         draw_pictures(run, ema, cfg, dataset, 20)
 
 
@@ -655,18 +677,22 @@ def finish(run, start, ema, cfg, dataset):
     Returns the exit code: 1 below TARGET, which counts in a run of exactly the demo's settings. A finished
     run only shows its result.
     """
-    if common.rank() > 0 or dataset.latent:
+    if dataset.latent:
         return 0
     images, labels = draw_pictures(run, ema, cfg, dataset, cfg.count if measured(cfg) else 20)
-    if not measured(cfg):
+    if common.rank() > 0 or not measured(cfg):
         return 0
     pairs = torch.stack([images[:10], common.nearest(images[:10], dataset)], 1)
     common.columns_png(run.folder / "nearest.png", pairs, rows=["sample", "nearest"])
     ruler = common.judge(open_split(cfg, "judge"), "ruler")
-    result = common.measure_samples(images, labels, ruler, open_split(cfg, "test", 2 * cfg.count))
+    test = open_split(cfg, "test", 2 * cfg.count)
+    rows = np.arange(min(len(test), cfg.count))
+    result = common.measure_samples(images, labels, ruler, test)
+    result["real"] = common.accuracy(ruler, test.pixels(rows), test.labels[rows])
     common.write_json(run.folder / "result.json", result)
-    run.say(f"{run.folder}/samples.png, trajectory.png, denoising.png, nearest.png\n"
-            f"{cfg.count} samples at guidance {cfg.cfg_scale}: class accuracy {result['accuracy']:.3f}")
+    run.say(f"{run.folder}/samples.png, trajectory.png, denoising.png, nearest.png")
+    accuracy = "class accuracy {accuracy:.3f}, of as many test images {real:.3f}"
+    run.say(f"{cfg.count} samples at guidance {cfg.cfg_scale}: {accuracy.format(**result)}")
     if result["distance"] is not None:
         distances = "toy Frechet distance {distance:.1f}, real against real {floor:.1f}, {N} images each"
         run.say(distances.format(**result))
@@ -699,21 +725,28 @@ def sample_checkpoint(cfg):
     folder = common.sample_folder(cfg)
     if latent:
         images, _ = sample_many(ema, cfg, labels)
-        scale = ema.latent_scale.cpu()
-        latents = (images / scale.view(-1, 1, 1)).half().numpy()
-        pack = dict(latents=latents, labels=labels, scale=scale.numpy(), class_names=np.array(names))
-        common.write_atomic(folder / "latents.npz", lambda file: np.savez(file, **pack))
-        print(f"{len(images)} latents: {folder}/latents.npz")
+        if common.rank() == 0:
+            write_latents(folder / "latents.npz", images, labels, ema.latent_scale.cpu(), names)
         return
     if cfg.export:
         blocks = (images for images, _ in sample_blocks(ema, cfg, labels))
         common.export_images(cfg.export, blocks, len(labels))
-        print(f"{len(labels)} samples: {cfg.export}")
+        if common.rank() == 0:
+            print(f"{len(labels)} samples: {cfg.export}")
     if cfg.out or not cfg.export:
         labels = labels[:100]
         _, snapshots = sample_many(ema, cfg, labels)
-        pictures(folder, snapshots, labels, names)
-        print(f"{len(labels)} samples: {folder}/samples.png, trajectory.png, denoising.png")
+        if common.rank() == 0:
+            pictures(folder, snapshots, labels, names)
+            print(f"{len(labels)} samples: {folder}/samples.png, trajectory.png, denoising.png")
+
+
+def write_latents(path, images, labels, scale, names):
+    """Samples that are latents (M, C, h, w), divided by their scale, with labels and names, for --data."""
+    latents = (images / scale.view(-1, 1, 1)).half().numpy()
+    pack = dict(latents=latents, labels=labels, scale=scale.numpy(), class_names=np.array(names))
+    common.write_atomic(path, lambda file: np.savez(file, **pack))
+    print(f"{len(images)} latents: {path}")
 
 
 def main(cfg):

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import arflow
@@ -302,7 +303,7 @@ def test_times_are_sorted_uniforms():
         classes, latent = ["a"], False
         by_class = [np.arange(20)]
 
-        def pixels(self, index):
+        def pixels(self, index, device):
             return torch.zeros(len(index), 1, 1, 1)
 
     cfg = config(images=5, batch=100_000)
@@ -616,7 +617,7 @@ def test_sequences_hold_different_images_of_one_class_with_own_flips():
         classes, latent = list("abcd"), False
         by_class = [np.arange(k, 400, 4) for k in range(4)]
 
-        def pixels(self, index):
+        def pixels(self, index, device):
             index = torch.as_tensor(index, dtype=torch.float32)[:, None, None, None]
             return torch.cat([index, index + 0.25], -1)                         # left and right column differ
 
@@ -638,7 +639,7 @@ def test_latents_are_drawn_from_the_posterior_afresh():
         classes, latent, scale = ["a"], True, 0.5
         by_class, images = [np.arange(6)], np.zeros((6, 2, 3, 3), np.float32)
 
-        def latents(self, index, flip, noise):
+        def latents(self, index, flip, noise, device):
             assert noise.shape == (len(index), 2, 3, 3) and flip.shape == (len(index),)
             return noise
 
@@ -676,32 +677,151 @@ def test_sit_baseline_is_plain_attention():
     assert count == 18 * 32 ** 2 + 15 * 32
 
 
-def test_a_training_step_by_hand(tmp_path, monkeypatch):
-    """Two steps of train(): values clipped, AdamW with betas (.9, .95) and decay .02 on matrices, then the EMA."""
+@pytest.fixture
+def float64():
+    """Weights, draws and data in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def saved_state(folder="runs/arflow/demo"):
+    return torch.load(f"{folder}/last.pt", weights_only=True)["state"]
+
+
+def test_training_by_value(float64, tmp_path, monkeypatch):
+    """12 steps of train(): A4, A5, labels dropped by sequence, values clipped, AdamW, EMA; rate up, level, down.
+
+    --accumulate 2 changes nothing of it.
+    """
     monkeypatch.chdir(tmp_path)
-    words = [*TINY, "--clip", "1e-4", "--ema", "0.8", "--lr", "0.01", "--steps", "2", "--log", "1"]
+    words = [*TINY, "--clip", "0.02", "--ema", "0.8", "--lr", "0.01", "--steps", "12", "--batch", "4", "--warmup", "3",
+             "--cooldown", "0.5", "--label_dropout", "0.5", "--flip", "--save", "7", "--log", "3", "--accumulate", "2"]
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words)
     dataset = arflow.open_split(cfg, "train")
-    torch.manual_seed(common.make_generator(cfg.seed, 0, "weights").initial_seed())
+    torch.manual_seed(common.make_generator(0, 0, "weights").initial_seed())
     model = arflow.ARFlow(cfg, 3, 10)
-    mean = {name: p.detach().clone() for name, p in model.named_parameters()}
-    first, second = ({name: torch.zeros_like(p) for name, p in mean.items()} for _ in range(2))
-    for step in (0, 1):
-        rate = arflow.learning_rate(cfg, step)
-        arflow.loss(model, *arflow.draw(dataset, cfg, step, torch.device("cpu")))[0].backward()
-        for name, p in model.named_parameters():
-            g = p.grad.clamp(-1e-4, 1e-4)
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.95 * second[name] + 0.05 * g * g
-            m, s = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
-            p.data = p.data * (1 - rate * (0.02 if p.ndim > 1 else 0.0)) - rate * m / (s.sqrt() + 1e-8)
-            p.grad = None
-            mean[name] = 0.8 * mean[name] + 0.2 * p.data
+    weights = list(model.parameters())
+    mean = [w.detach().clone() for w in weights]
+    first, second, clipped, dropped = [0] * len(weights), [0] * len(weights), 0, 0
+    for k in range(1, 13):
+        (x1, y), draws = arflow.draw(dataset, cfg, k - 1, torch.device("cpu"))
+        t, x0 = draws["t"][:, :, None, None, None], draws["noise"]
+        y = torch.where(draws["drop"], 10, y)
+        v, _ = model(t * x1 + (1 - t) * x0, draws["t"], y)
+        grads = torch.autograd.grad((v - (x1 - x0)).square().mean(), weights)
+        rate = 0.01 * min(k / 3, 1, 0.02 + 0.98 * (13 - k) / 6)
+        for i, (w, g) in enumerate(zip(weights, grads)):
+            clipped += (g.abs() > 0.02).sum()
+            first[i] = 0.9 * first[i] + 0.1 * g.clamp(-0.02, 0.02)
+            second[i] = 0.95 * second[i] + 0.05 * g.clamp(-0.02, 0.02).square()
+            move = first[i] / (1 - 0.9 ** k) / ((second[i] / (1 - 0.95 ** k)).sqrt() + 1e-8)
+            w.data -= rate * (move + (0.02 if w.ndim > 1 else 0) * w)
+            mean[i] = 0.8 * mean[i] + 0.2 * w.detach()
+        dropped += draws["drop"].sum()
     run(*words)
-    saved = torch.load("runs/arflow/demo/last.pt", weights_only=True)["state"]
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(saved["model"][name], p.data, atol=2e-6, rtol=1e-4)
-        torch.testing.assert_close(saved["ema"][name], mean[name], atol=2e-6, rtol=1e-4)
+    state = saved_state()
+    for (name, w), averaged in zip(model.named_parameters(), mean):
+        torch.testing.assert_close(state["model"][name], w.detach(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(state["ema"][name], averaged, atol=1e-9, rtol=0)
+    assert clipped > 100 and 12 < dropped < 36                                  # each branch was taken
+
+
+def test_draws_by_value():
+    """The order of what a step draws, and what of it each rank gets."""
+    class Images:
+        classes, latent = list("abc"), False
+        by_class = [np.arange(k, 60, 3) for k in range(3)]
+
+        def pixels(self, index, device):
+            return torch.as_tensor(index, dtype=torch.float32)[:, None, None, None] + torch.tensor([0.0, 0.5])
+
+    cfg = config(images=2, batch=6, label_dropout=0.4, seed=5)
+    (x1, y), draws = arflow.draw(Images(), cfg, 8, torch.device("cpu"))
+    g = common.make_generator(5, 8, "data")
+    labels = torch.randint(3, (6,), generator=g)
+    index = np.stack([np.arange(k, 60, 3)[torch.randperm(20, generator=g)[:2].numpy()] for k in labels.tolist()])
+    flip, t, drop = torch.rand(6, 2, generator=g) < 0.5, torch.rand(6, 2, generator=g).sort(1)[0], torch.rand(6, generator=g) < 0.4
+    left = torch.as_tensor(index, dtype=torch.float32) + 0.5 * flip
+    assert torch.equal(y, labels) and torch.equal(x1[:, :, 0, 0, 0], left)
+    assert torch.equal(draws["t"], t) and torch.equal(draws["drop"], drop) and 0 < drop.sum() < 6
+    noise = torch.randn(6, 2, 1, 1, 2, generator=common.make_generator(5, 8, "noise"))
+    assert torch.equal(draws["noise"], noise)
+
+
+def test_draws_are_independent():
+    """What one option decides changes nothing else; all differ by step and by seed; none knows another."""
+    class Images:
+        classes, latent = list("abcd"), False
+        by_class = [np.arange(k, 400, 4) for k in range(4)]
+
+        def pixels(self, index, device):
+            return torch.as_tensor(index, dtype=torch.float32)[:, None, None, None] + torch.tensor([0.0, 0.5])
+
+    def drawn(step=0, **changes):
+        (x1, y), draws = arflow.draw(Images(), config(images=3, **{"batch": 50, **changes}), step, torch.device("cpu"))
+        left, right = x1[:, :, 0, 0].unbind(-1)
+        return {"image": torch.minimum(left, right), "flip": left > right, "y": y, **draws}
+
+    base = drawn()
+    for changes, changed in ((dict(label_dropout=0.9), "drop"), (dict(flip=False), "flip")):
+        other = drawn(**changes)
+        assert [name for name in base if not torch.equal(base[name], other[name])] == [changed]
+    assert (drawn(label_dropout=0.9)["drop"] >= base["drop"]).all() and not drawn(flip=False)["flip"].any()
+    for changes in (dict(step=1), dict(seed=1)):
+        other = drawn(**changes)
+        assert not any(torch.equal(base[name], other[name]) for name in base)
+    many = drawn(batch=20_000, label_dropout=0.5)
+    columns = [many["y"], many["drop"], *many["t"].T, *many["flip"].T, *many["noise"].flatten(2)[..., 0].T]
+    r = torch.corrcoef(torch.stack([column.double() for column in columns])).abs()
+    r[2:5, 2:5] = 0                                                             # sorted times know one another
+    assert (r - torch.eye(len(columns)).double() * r.diagonal()).max() < 0.03
+
+
+def test_a_run_reports_its_averaged_weights(tmp_path, monkeypatch, capsys):
+    """Pictures, result.json, nearest.png and --sample, by value: whose weights, which split, which half."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    ruler, asked, drawn, shown = common.Judge(3, 24, 10, 8).eval(), [], {}, {}
+    monkeypatch.setattr(common, "judge", lambda split, role: asked.append((len(split), split.labels[0], role)) or ruler)
+    monkeypatch.setattr(arflow, "measured", lambda cfg: True)
+    original = arflow.pictures
+    monkeypatch.setattr(arflow, "pictures", lambda folder, snapshots, labels, names: drawn.update(
+        {len(drawn): snapshots}) or original(folder, snapshots, labels, names))
+    columns = common.columns_png
+    monkeypatch.setattr(common, "columns_png", lambda path, images, **k: shown.update({path.name: images}) or columns(path, images, **k))
+    words = [*TINY, "--steps", "4", "--lr", "0.05", "--ema", "0.5", "--save", "2", "--count", "70"]
+    cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, words)
+    run(*words)
+    saved = torch.load("runs/arflow/demo/last.pt", weights_only=True)
+    assert saved["step"] == 4 and saved["classes"][6] == "star" and saved["state"].keys() == {"model", "ema", "opt"}
+    model = arflow.ARFlow(cfg, 3, 10)
+    model.load_state_dict(saved["state"]["ema"])
+    assert not torch.equal(saved["state"]["model"]["out.weight"], model.out.weight)
+    labels = np.arange(70) % 10
+    images, snapshots = arflow.sample_many(model, cfg, labels)
+    assert torch.equal(drawn[1], snapshots) and len(drawn[0]) == 20 and len(drawn) == 2
+
+    train, test = arflow.open_split(cfg, "train"), arflow.open_split(cfg, "test", 140)
+    judged = arflow.open_split(cfg, "judge")
+    assert set(asked) == {(len(judged), judged.labels[0], "ruler")}
+    real = test.pixels(np.arange(140))
+    features, right = ruler.features, lambda x, y: (ruler(x).argmax(1) == torch.as_tensor(y)).double().mean().item()
+    with torch.no_grad():
+        wanted = {"N": 70, "accuracy": right(images, labels), "real": right(real[:70], test.labels[:70]),
+                  "distance": common.frechet(features(images), features(real[:70])),
+                  "floor": common.frechet(features(real[70:]), features(real[:70]))}
+    result = json.loads(Path("runs/arflow/demo/result.json").read_text())
+    assert result == pytest.approx(wanted, rel=1e-6) and result["floor"] > 0
+    said = capsys.readouterr().out
+    assert f"accuracy {wanted['accuracy']:.3f}, of as many test images {wanted['real']:.3f}" in said
+    pixels = train.pixels(np.arange(len(train))).flatten(1)
+    near = pixels[torch.cdist(images[:10].flatten(1), pixels).argmin(1)].view(10, 3, 8, 8)
+    assert torch.equal(torch.as_tensor(shown["nearest.png"]), torch.stack([images[:10], near], 1))
+
+    run("--sample", "runs/arflow/demo/last.pt", "--export", "out.npz")
+    exported = torch.as_tensor(np.load("out.npz")["arr_0"]).permute(0, 3, 1, 2)
+    assert torch.equal(exported, torch.as_tensor(common.to_uint8(images)))
 
 
 def test_learning_rate_is_constant_unless_asked():
@@ -939,6 +1059,7 @@ def test_target_decides_the_exit_code(tmp_path, monkeypatch):
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, [])
     monkeypatch.setattr(arflow, "sample_many", lambda *_: (torch.zeros(200, 3, 16, 16), torch.zeros(100, 9, 3, 16, 16)))
     monkeypatch.setattr(common, "judge", lambda *_: None)
+    monkeypatch.setattr(common, "accuracy", lambda *_: 1.0)
     total = cfg.steps
     for accuracy, changed, start, code in ((0.1, False, 0, 1), (0.99, False, 0, 0), (0.1, True, 0, 0), (0.1, False, total, 0)):
         result = dict(N=1, accuracy=accuracy, distance=0.0, floor=0.0)
@@ -967,6 +1088,67 @@ def test_the_exit_code_is_that_of_the_end(tmp_path, monkeypatch):
     assert arflow.train(cfg) == arflow.train(dataclasses.replace(cfg, resume=True)) == 7 and seen == [0, 2]
 
 
+def test_ranks_share_the_samples(trained, tmp_path, monkeypatch):
+    """Blocks of 100, each of its own generator; ranks behind the first make theirs and write nothing."""
+    model, cfg, labels = network().float(), config(num_steps=2, seed=3), np.arange(250) % 5
+    blocks = [images for images, _ in arflow.sample_blocks(model, cfg, labels)]
+    assert [len(images) for images in blocks] == [100, 100, 50]
+    for first, images in zip((0, 100, 200), blocks):
+        g = common.make_generator(3, first, "sample")
+        alone, _ = arflow.sample(model, torch.as_tensor(labels[first:first + 100]), g, 2, 1.5)
+        assert torch.equal(alone, images)
+    monkeypatch.chdir(tmp_path)
+    cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__,
+                     ["--sample", str(trained / "last.pt"), "--gpus", "2", "--count", "130", "--out", "here"])
+    assert cfg.gpus == 2
+    made = []
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    monkeypatch.setattr(common, "share_blocks", lambda make, count, size: (
+        made.append((i, min(count, i + size))) or make(*made[-1]) for i in range(0, count, size)))
+    for words, wanted in ({}, [(0, 100)]), ({"export": "b.npz", "out": ""}, [(0, 100), (100, 130)]):
+        arflow.sample_checkpoint(dataclasses.replace(cfg, **words))
+        assert made == wanted and not [path for path in tmp_path.rglob("*") if path.is_file()]
+        made.clear()
+
+
+def test_a_run_starts_from_other_weights(trained, tmp_path, monkeypatch, capsys):
+    """--init: the averaged weights, but for a table of other classes and the scale of other data."""
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez("own.npz", images=images, labels=np.arange(40) // 2 % 2)
+    seen, optimizer = [], arflow.optimizer
+    monkeypatch.setattr(arflow, "optimizer", lambda model, cfg: seen.append(copy.deepcopy(model)) or optimizer(model, cfg))
+    theirs = str(trained / "last.pt")
+    run(*TINY, "--data", "npz:own.npz", "--init", theirs)
+    weights = saved_state(trained)["ema"]
+    own = seen[0].state_dict()
+    assert len(own["label.weight"]) == 3 and all(torch.equal(own[name], weights[name]) for name in own if name != "label.weight")
+    model, averaged = (saved_state()[name] for name in ("model", "ema"))
+    assert not torch.equal(model["out.weight"], weights["out.weight"]) and averaged["label.weight"].shape == (3, 16)
+    for words, said in ((["--width", "32"], "does not fit"), (["--init", "own.npz"], "own.npz")):
+        assert said in refused(run, [*TINY, "--name", "other", "--init", theirs, *words], capsys)
+    assert [path.name for path in Path("runs/arflow").iterdir()] == ["demo"]
+
+
+def test_no_checkpoint_runs_code(trained, tmp_path, monkeypatch, capsys):
+    """A file whose loading would leave a mark leaves none, whichever flag names it."""
+    class Marks:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "marked",)
+
+    monkeypatch.chdir(tmp_path)
+    saved = torch.load(trained / "last.pt", weights_only=True)
+    folder = shutil.copytree(trained, "runs/arflow/demo")
+    for hostile in ({**saved, "state": {**saved["state"], "ema": Marks()}}, Marks()):
+        torch.save(hostile, folder + "/last.pt")
+        for words in (["--sample", "runs/arflow/demo/last.pt"], ["--resume", "--steps", "4"],
+                      [*TINY, "--name", "b", "--init", "runs/arflow/demo/last.pt"]):
+            assert "last.pt" in refused(run, words, capsys)
+    assert not (tmp_path / "marked").exists()
+    torch.load(folder + "/last.pt", weights_only=False)                         # a careless reader would have left it
+    assert (tmp_path / "marked").exists()
+
+
 def test_a_latent_scale_may_have_one_number_a_channel(tmp_path, monkeypatch):
     """Stored with the weights; samples are divided by it, channel by channel, and carry it."""
     monkeypatch.chdir(tmp_path)
@@ -992,3 +1174,6 @@ def test_latents_train_sample_and_come_back(tmp_path, monkeypatch):
     run("--sample", "runs/arflow/demo/last.pt", "--count", "4")
     back = np.load("runs/arflow/demo/samples/latents.npz")
     assert back["latents"].shape == (4, 4, 4, 4) and back["scale"] == 0.5 and back["labels"].tolist() == [0, 1, 0, 1]
+    np.savez("other.npz", labels=np.arange(20) % 2, scale=np.float32(0.25), **pack)
+    run(*TINY, "--data", "latents:other.npz", "--size", "4", "--init", "runs/arflow/demo/last.pt", "--name", "other")
+    assert saved_state("runs/arflow/other")["ema"]["latent_scale"] == 0.25      # of the data, not of the weights
