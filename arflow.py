@@ -722,7 +722,7 @@ def sample_checkpoint(cfg):
     common.require(not (cfg.export and latent), "--export: these are latents; decode them with their VAE")
     labels = np.resize(common.parse_classes(cfg.classes, K), cfg.count)
     names = common.class_names(saved, K)
-    folder = common.sample_folder(cfg)
+    folder = common.sample_folder(cfg) if cfg.out or not cfg.export else None
     if latent:
         images, _ = sample_many(ema, cfg, labels)
         if common.rank() == 0:
@@ -733,7 +733,7 @@ def sample_checkpoint(cfg):
         common.export_images(cfg.export, blocks, len(labels))
         if common.rank() == 0:
             print(f"{len(labels)} samples: {cfg.export}")
-    if cfg.out or not cfg.export:
+    if folder:
         labels = labels[:100]
         _, snapshots = sample_many(ema, cfg, labels)
         if common.rank() == 0:
