@@ -896,9 +896,14 @@ def judge():
     return torch.nn.Conv2d(3, 5, 2, stride=2).double().requires_grad_(False)
 
 
-def plain_loss(model, x, n, s, u, weight, features):
-    """The sum of the tokenizer's losses without adversary (D9), and each, from the slow forms above."""
-    q, _, (codebook, commit) = plain_correction(model, x, s, u)
+def plain_loss(model, x, n, s, u, weight, features, bypass=False):
+    """The sum of the tokenizer's losses without adversary (D9), each of them, and (ids, images, goals), from the slow
+    forms above. bypass: there are no codes yet."""
+    q, (ids, *_), (codebook, commit) = plain_correction(model, x, s, u)
+    if bypass:
+        e = model.encoder
+        h = linear(plain_encoder(e, x, (e.queries + e.positions)[None], model.cfg)[1], model.quant)
+        q, codebook, commit = h / h.norm(dim=2, keepdim=True), 0.0, 0.0
     recon, goal = plain_decoder(model, q, n, detailflow.image_side(n, model.cfg)), plain_target(x, n, model.cfg)
     goal = torch.cat([goal, goal]) if s is not None else goal
     losses = {"mse": (recon - goal).square().mean(), "codebook": codebook, "commit": commit}
@@ -908,7 +913,7 @@ def plain_loss(model, x, n, s, u, weight, features):
     if weight["align"]:
         first, feature = model.align(q[:len(x), 0]), features(x).mean((2, 3))
         losses["align"] = -((first * feature).sum(1) / first.norm(dim=1) / feature.norm(dim=1)).mean()
-    return sum(weight[name] * loss for name, loss in losses.items()), losses
+    return sum(weight[name] * loss for name, loss in losses.items()), losses, (ids, recon, goal)
 
 
 @pytest.mark.parametrize("n, s", [(12, 0), (12, 6), (9, 3), (6, 2), (3, 2), (2, 0), (1, None), (12, None)])
@@ -918,7 +923,7 @@ def test_D9_tokenizer_step_by_hand(n, s):
     assert weight == {"mse": 1, "codebook": 1, "commit": 0.25, "align": 0.6, "lpips": 0.42, "gan": 0.0}
     model, other = tokenizer(5, causal=3), tokenizer(5, causal=3)
     value, losses, (ids, recon, goal) = detailflow.loss_tokenizer(model, x, drawn(n, s, u), weight, features)
-    expected, parts = plain_loss(other, x, n, s, u, weight, features)
+    expected, parts, _ = plain_loss(other, x, n, s, u, weight, features)
     assert losses.keys() == parts.keys() and len(goal) == len(recon) == 2 + 2 * (s is not None)
     assert ids.shape == (2, 12) and not recon.requires_grad
     for name in parts:
@@ -990,6 +995,14 @@ def test_D14_augmentation_by_hand(h, cut, chance):
     x = x.requires_grad_()
     gradient, = torch.autograd.grad(detailflow.augment(x, u, cut, chance).square().sum(), x)
     assert gradient.any()
+
+
+def plain_rival(real, fake, hard_real, hard_fake, means):
+    """D15 before it is weighed: hinge and LeCam, and consistency, of logits of real and fake images."""
+    hinge = (1 - real).clamp(min=0).mean() / 2 + (1 + fake).clamp(min=0).mean() / 2
+    lecam = (real - means[1]).clamp(min=0).square().mean() + (means[0] - fake).clamp(min=0).square().mean()
+    even = ((hard_real - real).square().mean() + (hard_fake - fake).square().mean()) / 2
+    return 0.2 * (hinge + 0.001 * lecam) + 4 * even
 
 
 def test_D15_discriminator_step_by_hand():
@@ -1085,6 +1098,88 @@ def clipped(model, value):
 def adam_first(p, g, lr, decay=0.0, eps=1e-8):
     """Adam's first step: both corrected means are the gradient itself."""
     return p * (1 - lr * decay) - lr * g / (g.abs() + eps)
+
+
+@pytest.fixture
+def double():
+    """Everything in float64, as tests.two trains."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def plain_draws(dataset, step, stage, B):
+    """Index (B,) and images of a step, and its draws: columns of u (B, 6 + 8 + 100), three for all images."""
+    g = common.make_generator(0, step, f"{stage} data")
+    index = torch.randint(len(dataset), (B,), generator=g).numpy()
+    u, once = torch.rand(B, 114, generator=g), torch.rand(3, generator=g).tolist()
+    x = dataset.pixels(index).double()
+    return index, torch.stack([a.flip(2) if v[0] < 0.5 else a for a, v in zip(x, u)]), u, once
+
+
+def plain_renewal(model, dataset, step, codes):
+    """Spherical k-means of 20 rounds over the latents of 129 images, or such latents for the codes without use."""
+    g = common.make_generator(0, step, "codes")
+    x = dataset.pixels(torch.randint(40, (129,), generator=g).numpy()).double()
+    u = F.normalize(model.encode(x)[0].flatten(0, 1), dim=1)
+    fresh = u[torch.randperm(len(u), generator=g)[:16]]
+    if codes is not None:
+        return torch.stack([code if used > 0 else other for code, used, other in zip(codes, model.vq.use, fresh)])
+    for _ in range(20):
+        near = torch.cdist(u, fresh).argmin(1)
+        fresh = torch.stack([F.normalize(u[near == k].sum(0), dim=0) if (near == k).any() else fresh[k] for k in range(16)])
+    return fresh
+
+
+def clip(network):
+    """Scale a network's gradients so that their common norm is at most 1."""
+    found = [p.grad for p in network.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float(g.square().sum()) for g in found))
+    for g in found:
+        g /= max(1.0, norm + 1e-6)
+
+
+def test_tokenizer_training_by_value(tmp_path, monkeypatch, double):
+    """D9 to D15, D20 in a loop of its own: codes from step 3, renewed at 6 and 9 but not at 12 (70 % of 14 steps), the
+    adversary from step 4, the perceptual loss whole from step 7, rates that rise for 3.5 steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(detailflow, "open_teacher", lambda cfg: (judge(), 5))
+    run(*tiny(stage="tokenizer", steps=14, kmeans=3, gan_from=5, ramp=8, warmup=0.25, lr=0.4, flip=True, degrade=0.7, batch=2))
+    saved = torch.load("runs/detailflow/demo/tokenizer.pt", weights_only=True)
+    cfg, features = detailflow.Config(**saved["config"]), judge()
+    dataset = detailflow.open_split(cfg, "train", 40)
+    torch.manual_seed(common.make_generator(0, 0, "tokenizer weights").initial_seed())
+    model, disc, means, phases = detailflow.Tokenizer(cfg, 5), detailflow.make_discriminator(5), torch.zeros(2), set()
+    opt = torch.optim.Adam([*model.parameters(), *disc.parameters()], betas=(0.9, 0.95))
+    for t in range(14):
+        _, x, u, (degrade, length, start) = plain_draws(dataset, t, "tokenizer", 2)
+        n = 8 if t < 3 or degrade >= 0.7 else [1, 2, 4, 4, 6, 6][int(6 * length)]
+        s = None if t < 3 or n == 1 else [0, 1, 2, 2, 4, 4][int(start * max(n - 2, 2))]
+        if t in (3, 6, 9):
+            model.vq.codes.data = plain_renewal(model, dataset, t, model.vq.codes if t > 3 else None).detach()
+            model.vq.use.zero_()
+        opt.param_groups[0]["lr"] = 0.4 / 128 * (0.1 + (0.9 * t / 3.5 if t < 3.5 else 0.45 * (1 + math.cos(math.pi * t / 14))))
+        weight = dict(mse=1, codebook=1, commit=0.25, lpips=min(1, (t + 1) / 8), align=1)
+        value, _, (ids, recon, goal) = plain_loss(model, x, n, s, u[:, 6:14], weight, features, t < 3)
+        v = [u[:, 14 + 20 * k:][:, :20].unflatten(1, (2, 10)).transpose(0, 1).flatten(0, 1) for k in range(5)]
+        shown = lambda x, k, *how: disc(features(torch.stack([plain_augment(a, b, *how) for a, b in zip(x, v[k])])))
+        value = value - 0.2 * shown(recon, 0, 0.2, 0.5).mean() * (t >= 4)
+        soft, hard = [(goal, 1), (recon.detach(), 2)], [(goal, 3), (recon.detach(), 4)]
+        logits = [shown(a, k, 0.2, 0.5) for a, k in soft] + [shown(a, k, 0.5, 1.0) for a, k in hard]
+        means = 0.999 * means + 0.001 * torch.stack([a.mean().detach() for a in logits[:2]])
+        opt.zero_grad()
+        value.backward(inputs=[*model.parameters()])
+        (plain_rival(*logits, means) * (t >= 4)).backward(inputs=[*disc.parameters()])
+        clip(model)
+        clip(disc)
+        opt.step()
+        model.vq.use += torch.bincount(ids.flatten(), minlength=16) / ids.numel()
+        phases.add((n, s))
+    close(saved["state"]["disc"]["means"], means, 1e-9)
+    assert len(phases) > 4 and {1, 8} < {n for n, _ in phases} and len({s for _, s in phases}) > 2
+    for network, name in ((model, "tokenizer"), (disc, "disc")):
+        for key, tensor in network.state_dict().items():
+            close(saved["state"][name][key], means if key == "means" else tensor, 1e-9)
 
 
 def test_first_training_steps_by_hand(tmp_path, monkeypatch):
