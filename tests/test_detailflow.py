@@ -10,6 +10,7 @@ import itertools
 import math
 
 import common
+import data
 import detailflow
 from tests import ROOT, refused, shared
 from tests.official import DETAILFLOW_AR, convert, detailflow_tokenizer, read_official, renamed
@@ -1180,6 +1181,48 @@ def test_tokenizer_training_by_value(tmp_path, monkeypatch, double):
     for network, name in ((model, "tokenizer"), (disc, "disc")):
         for key, tensor in network.state_dict().items():
             close(saved["state"][name][key], means if key == "means" else tensor, 1e-9)
+
+
+def test_ar_training_by_value(tmp_path, monkeypatch, double):
+    """D16, D19, D20 in a loop of its own: rates that rise for 1.1 of 22 steps; noise of each image for ever;
+    labels lost by a draw of their own, beside noise and without it; averaged weights."""
+    monkeypatch.chdir(tmp_path)
+    rest = dict(gan=0, perceptual=0, align=0, flip=True)
+    run(*tiny(steps=22, steps_tokenizer=2, batch_ar=4, noisy=0.5, label_dropout=0.4, lr_ar=0.04, ema=0.7, **rest))
+    saved = torch.load("runs/detailflow/demo/ar.pt", weights_only=True)
+    cfg = detailflow.Config(**saved["config"])
+    dataset, (tokenizer, _, _) = detailflow.open_split(cfg, "train", 40), detailflow.load(cfg, "runs/detailflow/demo/tokenizer.pt")
+    torch.manual_seed(common.make_generator(0, 0, "ar weights").initial_seed())
+    model, seen = detailflow.AR(cfg, 10), set()
+    average = copy.deepcopy(model).requires_grad_(False)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    opt = torch.optim.AdamW([{"params": decayed}, {"params": [p for p in model.parameters() if p.ndim < 2]}], betas=(0.9, 0.95))
+    opt.param_groups[0]["weight_decay"], opt.param_groups[1]["weight_decay"] = 0.05, 0.0
+    for t in range(22):
+        index, x, u, _ = plain_draws(dataset, t, "ar", 4)
+        noise = data.uniform(index[:, None], np.arange(9), 1)                   # by seed + 1 and image, for ever
+        rate = 0.005 + 0.995 * t / 1.1 if t < 1.1 else 0.01 + 0.495 * (1 + math.cos(math.pi * (t / 22 - 0.05) / 0.95))
+        value = 0
+        for b in range(4):
+            s = [0, 1, 2, 2, 4, 4][int(6 * noise[b, 0])]
+            _, (clean, given, target), _ = plain_correction(tokenizer, x[b:b + 1], s, torch.from_numpy(noise[b:b + 1, 1:]))
+            wrong, lost = (u[b, 4:6] < torch.tensor([0.5, 0.4])).tolist()
+            read, goal = (given, target) if wrong else (clean, clean)
+            logits = plain_ar(model, read[:, :6], torch.tensor([10 if lost else dataset.labels[index[b]]]), cfg)
+            value = value - logits.log_softmax(2).gather(2, goal[..., None]).mean() / 4
+            seen.add((wrong, lost))
+        for group in opt.param_groups:
+            group["lr"] = 0.04 * rate
+        opt.zero_grad()
+        value.backward()
+        clip(model)
+        opt.step()
+        for old, new in zip(average.parameters(), model.parameters()):
+            old.mul_(0.7).add_(0.3 * new)
+    assert len(seen) == 4
+    for network, name in ((model, "model"), (average, "ema"), (tokenizer, "tokenizer")):
+        for key, tensor in network.state_dict().items():
+            close(saved["state"][name][key], tensor, 1e-9)
 
 
 def test_first_training_steps_by_hand(tmp_path, monkeypatch):
