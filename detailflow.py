@@ -1,12 +1,9 @@
 """DetailFlow: 1D Coarse-to-Fine Autoregressive Image Generation via Next-Detail Prediction (arXiv 2505.21473)
 
-A tokenizer writes an image as N tokens, coarse to fine: the first n of them are the image at R(n) pixels. A
-transformer predicts g tokens a step. Both learn to let later tokens make up for a wrong earlier one.
-
+N tokens are an image, coarse to fine; the first n show it at R(n) pixels. A transformer writes g at a time:
     [patches | query 1 ... N] -> encoder -> codebook -> token 1 ... N        a query sees no later group
     [mask ... mask | token 1 ... n] -> decoder -> image of R(n) pixels       fewer tokens, fewer masks
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
-
 Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .05 to .07, accuracy .54 to .65
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
           python detailflow.py --sample CHECKPOINT --classes 6 --keep 8    (or --encode F.npz, --decode F.npz)
@@ -20,7 +17,6 @@ CUDA:     never run on CUDA.  Read in this order: resolution, VQ, Tokenizer, los
 import copy
 import dataclasses
 import math
-import zlib
 from typing import ClassVar, Literal, NamedTuple
 
 import common  # before torch: it says how torch's threads wait
@@ -65,6 +61,8 @@ class Config:
     align: float = 1.0              # >= 0: weight of the first token's alignment
     teacher: str = "judge"          # judge: a classifier trained here; or TorchScript .pt, torch.export .pt2
     tokenizer: str = ""             # checkpoint: stage ar builds on it, stage tokenizer starts from it
+    init: str = ""                  # checkpoint whose weights this run starts from; classes may differ
+    crops: int = 10                 # in [0, 10]: crops an image whose tokens are stored; 0: cut afresh
     noisy: float = 0.3              # in [0, 1]: share of AR sequences with a mistake and its correction
     label_dropout: float = 0.1      # in [0, 1]: share of them that lose their label; 0: no null label
     dropout: float = 0.1            # in [0, 1): of the AR model: embeddings, both residual branches
@@ -73,9 +71,11 @@ class Config:
     steps_ar: int = 0               # >= 0: of stage ar
     batch: int = 256                # >= 1: images a step, over all processes
     batch_ar: int = 0               # >= 0: of stage ar; 0: --batch
+    accumulate: int = 1             # >= 1: equal parts of a process's batch, one after the other
     lr: float = 1e-4                # > 0: tokenizer's peak rate at 256 images a step (times batch / 256)
     warmup: float = 0.004           # in [0, 1]: share of its steps with a rising rate
     lr_ar: float = 1e-4             # > 0: peak rate of the AR model, whatever the batch
+    muon: float = 0.0               # >= 0: our choice: Muon for blocks' matrices, at so many times the rate
     ema: float = 0.9999             # in [0, 1]: decay of the averaged AR weights, which are sampled from
     cfg_scale: float = 1.5          # >= 0: classifier-free guidance scale; 1 is none
     cfg_gradual: bool = False       # let it fall from group to group
@@ -87,6 +87,7 @@ class Config:
     count: int = 500                # >= 1: images measured; rows of a picture of --sample, at most 10
     encode: str = ""                # with --sample: write the tokens of --data to FILE.npz
     decode: str = ""                # with --sample: draw the tokens of FILE.npz
+    export: str = ""                # with --sample: --count images to FILE.npz (ADM) or a folder of PNGs
     seed: int = 0                   # every random number is a function of (seed, step)
     gpus: int = 1                   # >= 1: processes, one a GPU; without GPUs they share the CPU
     device: str = "auto"            # auto, cpu or cuda
@@ -99,20 +100,19 @@ class Config:
     log: int = 100                  # >= 1: steps between log lines
     save: int = 5000                # >= 1: steps between checkpoints
     sampling: ClassVar = ("data", "cfg_scale", "cfg_gradual", "temperature",    # what --sample may change
-                          "top_k", "top_p", "keep", "classes", "count", "encode", "decode")
-
-GUIDANCE = {128: 1.45, 256: 1.5, 512: 1.32}   # scale by N (README, which has batch_ar=512 for -16 and -32)
+                          "top_k", "top_p", "keep", "classes", "count", "encode", "decode", "export", "gpus")
 SIZES = {"B": "768x12x12x2048", "L": "1024x24x16x2816", "XL": "1280x36x20x3584", "XXL": "1536x48x24x4096"}
 PAPER = dict(data="folder:imagenet", teacher="siglip2.pt", bf16=True, steps_ar=1_501_200)   # epochs: 250; 300
 PRESETS = {
     "demo": dict(size=16, flip=False, zoom=1.0, patch=4, tokens=16, group=4, causal=4, codes=256, near=32,
                  encoder="96x2x4x192", decoder="96x3x4x192", gpt="96x4x4x256", std=0.5, kmeans=200,
                  perceptual=0.0, gan=0.0, align=0.0, steps=2600, steps_ar=1600, batch=16, batch_ar=32,
-                 lr=0.056, warmup=0.05, lr_ar=4e-3, dropout=0.0, ema=0.98, cfg_scale=2.5, save=1000),
+                 lr=0.056, warmup=0.05, lr_ar=4e-3, dropout=0.0, ema=0.98, cfg_scale=2.5, crops=1, save=1000),
     "small": dict(data="cifar10", size=32, patch=4, tokens=32, group=4, causal=4, codes=1024,  # ours, not run
                   encoder="256x6x4x1024", decoder="256x6x4x1024", gpt="384x8x6x1024", std=0.5, kmeans=1000,
                   gan_from=10_000, steps=40_000, batch=128, lr=1e-3, warmup=0.05, lr_ar=3e-4, ema=0.999),
-    **{f"DetailFlow-{N // 8}": PAPER | dict(tokens=N, cfg_scale=s) for N, s in GUIDANCE.items()},
+    "DetailFlow-16": PAPER | dict(cfg_scale=1.45),              # scales: README, batch_ar=512 for -16 and -32
+    "DetailFlow-32": PAPER | dict(tokens=256), "DetailFlow-64": PAPER | dict(tokens=512, cfg_scale=1.32),
     **{f"DetailFlow-16-{size}": PAPER | dict(stage="ar", gpt=gpt) for size, gpt in SIZES.items()},
     "DetailFlow-16x16": PAPER | dict(tokens=256, group=16, causal=16)}              # groups of 16, Tab. 4
 
@@ -578,9 +578,13 @@ def enlarge(x, r):
 
 
 def augment(x, u, cut=0.2, chance=0.5):
-    """D14 on images (B, C, h, h) by the first B rows of draws (2 B, 10); the square's side is cut * h."""
+    """D14 on images (B, C, h, h), the square's side being cut * h, by draws (B, 2, 10).
+
+    B / 2 draws do where the images are clean and corrected ones: the second ones are of the corrected.
+    """
     B, _, h, _ = x.shape
-    whether, tint, shift, corner = u[:B].split([3, 3, 2, 2], 1)            # (B, 3), (B, 3), (B, 2), (B, 2)
+    u = u.transpose(0, 1).flatten(0, 1)[:B]                                                        # (B, 10)
+    whether, tint, shift, corner = u.split([3, 3, 2, 2], 1)                # (B, 3), (B, 3), (B, 2), (B, 2)
     coloured, shifted, holed = (whether < chance)[..., None].unbind(1)                          # each (B, 1)
     tint = torch.where(coloured, tint - 0.5, 0)                                                     # (B, 3)
     brightness, saturation, contrast = tint[..., None, None, None].unbind(1)             # each (B, 1, 1, 1)
@@ -623,7 +627,7 @@ def loss_tokenizer(model, x, draws, weight, teacher=None, disc=None):
         a, b = (F.normalize(teacher(image).to(x.dtype), dim=1) for image in (recon, target))
         losses["lpips"] = 0.1 * (a - b).square().sum(1).mean()
     if weight["gan"]:
-        losses["gan"] = -disc(teacher(augment(recon, draws["augment"][0]))).to(x.dtype).mean()
+        losses["gan"] = -disc(teacher(augment(recon, draws["augment"][:, 0]))).to(x.dtype).mean()
     if weight["align"]:                                         # D10
         first = model.align(q[:len(x), 0]).to(x.dtype)                                              # (B, S)
         feature = teacher(x).mean((2, 3)).to(x.dtype)                                               # (B, S)
@@ -639,11 +643,11 @@ def loss_tokenizer(model, x, draws, weight, teacher=None, disc=None):
 
 
 def disc_logits(disc, teacher, recon, target, draws):
-    """Logits of real and of fake images, then of both under harder augmentation, by draws (4, 2 B, 10)."""
+    """Logits of real and of fake images, then of both under harder augmentation, by draws (B, 4, 2, 10)."""
     logits = []
     for cut, chance in ((0.2, 0.5), (0.5, 1.0)):
         for x in (target, recon):
-            shown = augment(x, draws[len(logits)], cut, chance)                               # (b, C, r, r)
+            shown = augment(x, draws[:, len(logits)], cut, chance)                            # (b, C, r, r)
             logits.append(disc(teacher(shown)).to(x.dtype))
     return logits
 
@@ -754,7 +758,7 @@ def open_teacher(cfg):
 
 
 def draw_images(dataset, cfg, step, stage, batch):
-    """One step's images, flipped and cropped; their index; and its random draws in [0, 1) by name.
+    """One step's index of images and its random draws in [0, 1) by name.
 
     They are drawn for the global batch and cut to this rank; the last three are one for all images.
     """
@@ -764,56 +768,87 @@ def draw_images(dataset, cfg, step, stage, batch):
     u = common.shard(torch.rand(batch, sum(widths.values()), generator=generator))
     draws = dict(zip(widths, u.split([*widths.values()], 1)))                   # each of its width, (B, k)
     draws |= zip(("degrade", "length", "start"), torch.rand(3, generator=generator))
-    x = dataset.pixels(index).to(u.dtype)
+    return index, draws
+
+
+def cut_images(dataset, cfg, index, mirrored, zoom, corner, device):
+    """Images `index`, flipped where mirrored (B,), windows of side R / zoom (B, 1) at corner (B, 2) enlarged.
+
+    They travel as bytes; all else is done on the device.
+    """
+    mirrored, zoom, corner = (u.to(device) for u in (mirrored, zoom, corner))
+    x = dataset.pixels(index, device).to(corner.dtype)                                        # (B, C, R, R)
     if cfg.flip:
-        x = torch.where(draws["flip"][:, :, None, None] < 0.5, x.flip(-1), x)
+        x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)                         # (B, C, R, R)
     if cfg.zoom > 1:
-        # our choice: stage ar cuts anywhere, afresh at every step, out of images enlarged by 1.1 where the
-        # tokenizer goes up to 1.25; the official code stores the tokens of ten crops.
-        share = draws["zoom"] if stage == "tokenizer" else torch.full_like(draws["zoom"], 0.4)
-        x = crop(x, 1 + (cfg.zoom - 1) * share[..., None], draws["corner"][..., None])
-    return x, index, draws
+        x = crop(x, zoom, corner)                                                             # (B, C, R, R)
+    return x
 
 
 def crop(x, zoom, corner):
-    """Windows of side h / zoom (B, 1, 1) of images (B, C, h, h), enlarged to h, at corner (B, 2, 1)."""
-    shift = (1 - 1 / zoom) * (2 * corner - 1)                   # the image spans -1 to 1        # (B, 2, 1)
-    window = torch.cat([torch.eye(2) / zoom, shift], 2)                                          # (B, 2, 3)
-    return F.grid_sample(x, F.affine_grid(window, x.shape, False), align_corners=False)       # (B, C, h, h)
+    """Windows of side h / zoom (B, 1) of images (B, C, h, h), at corner (B, 2) from 0 to 1, enlarged to h."""
+    h = x.shape[-1]
+    line = (2 * torch.arange(h, device=x.device) + 1) / h - 1   # centres of pixels of an image from -1 to 1
+    shift = (1 - 1 / zoom) * (2 * corner - 1)                                                       # (B, 2)
+    across, down = (line / zoom[..., None] + shift[..., None]).unbind(1)                    # (B, h), (B, h)
+    places = torch.stack(torch.broadcast_tensors(across[:, None], down[:, :, None]), 3)       # (B, h, h, 2)
+    # What lies beyond the edge has its colour, as where a whole image is resized and then cut.
+    return F.grid_sample(x, places, padding_mode="border", align_corners=False)               # (B, C, h, h)
 
 
 def draw_tokenizer(dataset, cfg, step, device):
-    """Images of stage tokenizer and draws: n, s (or None), noise (B, N), augment (5, 2 B, 10).
+    """Images of stage tokenizer and draws: n, s (or None), noise (B, N), augment (B, 5, 2, 10).
 
     n and s are one for all images. Official code differs: each process has its own.
     Before --kmeans there are no codes: all tokens are decoded and none is corrupted.
     """
-    x, _, draws = draw_images(dataset, cfg, step, "tokenizer", cfg.batch)
+    index, draws = draw_images(dataset, cfg, step, "tokenizer", cfg.batch)
+    zoom = 1 + (cfg.zoom - 1) * draws["zoom"]                                                       # (B, 1)
+    x = cut_images(dataset, cfg, index, draws["flip"][:, 0] < 0.5, zoom, draws["corner"], device)
     n = cfg.tokens
     s = None
     if step >= cfg.kmeans:
         n = prefix_length(draws["degrade"], draws["length"], cfg)
         if cfg.correct and n > 1:
             s = noise_start(draws["start"], n, cfg)
-    augment = draws["augment"].unflatten(1, (5, 2, 10)).permute(1, 2, 0, 3).flatten(1, 2)       # (5, b, 10)
-    return x.to(device), {"n": n, "s": s, "noise": draws["noise"].to(device), "augment": augment.to(device)}
+    augment = draws["augment"].unflatten(1, (5, 2, 10))                                       # (B, 5, 2, 10)
+    return x, {"n": n, "s": s, "noise": draws["noise"].to(device), "augment": augment.to(device)}
 
 
 # D19  the noise of an image for stage ar depends on (seed, image), as the official code freezes it when it
-#     extracts codes; but it is applied afresh to every crop
+#     extracts codes: one s for all its crops, and codes for each crop (where crops are not stored, for all)
 
 
-def draw_ar(dataset, cfg, step, device):
-    """Images and labels of stage ar and draws: s (B,) or None, noise (B, N), noisy and drop (B,)."""
-    x, index, draws = draw_images(dataset, cfg, step, "ar", cfg.batch_ar or cfg.batch)
-    y = torch.from_numpy(dataset.labels[index]).to(device)
+def draw_noise(cfg, index, device, k=0):
+    """D19 of crop k of images `index`: first noisy positions s (B,), or None, and draws (B, N) of codes."""
     # seed + 1: other numbers than those that drew the images of `shapes`
-    u = data.uniform(index[:, None], np.arange(1 + cfg.tokens), cfg.seed + 1)
-    start, noise = torch.from_numpy(u).to(device, x.dtype).split([1, cfg.tokens], 1)        # (B, 1), (B, N)
+    columns = np.arange(1, 1 + cfg.tokens) + k * cfg.tokens
+    u = data.uniform(np.asarray(index)[:, None], np.array([0, *columns]), cfg.seed + 1)
+    dtype = torch.get_default_dtype()
+    start, noise = torch.from_numpy(u).to(device, dtype).split([1, cfg.tokens], 1)          # (B, 1), (B, N)
     s = noise_start(start.squeeze(1), cfg.tokens, cfg) if cfg.correct and cfg.noisy else None
-    noisy = draws["noisy"].squeeze(1).to(device) < cfg.noisy
-    drop = draws["drop"].squeeze(1).to(device) < cfg.label_dropout
-    return (x.to(device), y), {"s": s, "noise": noise, "noisy": noisy, "drop": drop}
+    return s, noise                                                                            # (B), (B, N)
+
+
+def draw_ar(dataset, cfg, step, device, stored=None):
+    """Batch of stage ar, a Triple of stored ids and labels (B,), and draws: noisy and drop (B,).
+
+    Without stored ids it is images and labels, and there are draws s (B,) or None and noise (B, N) as well.
+    """
+    index, draws = draw_images(dataset, cfg, step, "ar", cfg.batch_ar or cfg.batch)
+    y = torch.from_numpy(dataset.labels[index]).to(device)
+    noisy = draws["noisy"][:, 0] < cfg.noisy                                                           # (B)
+    drop = draws["drop"][:, 0] < cfg.label_dropout                                                     # (B)
+    found = {"noisy": noisy.to(device), "drop": drop.to(device)}
+    if stored is not None:
+        k = (draws["zoom"][:, 0] * cfg.crops).long().numpy()            # free here: crops are enlarged alike
+        ids = torch.from_numpy(stored[index, k].astype(np.int64)).to(device)                     # (B, 3, N)
+        return (Triple(*ids.unbind(1)), y), found
+    # our choice: cut anywhere, afresh at every step, out of images enlarged as those of the stored crops.
+    zoom = torch.full_like(draws["zoom"], ar_zoom(cfg))                                             # (B, 1)
+    x = cut_images(dataset, cfg, index, draws["flip"][:, 0] < 0.5, zoom, draws["corner"], device)
+    s, noise = draw_noise(cfg, index, device)
+    return (x, y), found | {"s": s, "noise": noise}
 
 
 # D20  t is the share of the steps done; the tokenizer's cosine begins a little below the peak
@@ -842,11 +877,19 @@ def learning_rate_ar(cfg, step):
     return cfg.lr_ar * schedule(t, 0.05, low=0.005, end=0.01, cosine_from=0.05)
 
 
-def optimizer_ar(model):
+def optimizer_tokenizer(model, disc, cfg):
+    """Adam for both: their rates are equal."""
+    adam = torch.optim.Adam([*model.parameters(), *disc.parameters()], betas=(0.9, 0.95), fused=True)
+    blocks = nn.ModuleList([model.encoder.blocks, model.decoder.blocks])
+    return common.with_muon(adam, blocks, cfg.muon)
+
+
+def optimizer_ar(model, cfg):
     """AdamW with decay on the matrices alone, embeddings among them."""
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    return common.with_muon(adamw, model.blocks, cfg.muon)
 
 
 @torch.no_grad()
@@ -865,9 +908,9 @@ def renew_codes(model, dataset, cfg, step):
     vq = model.vq
     generator = common.make_generator(cfg.seed, step, "codes")
     index = torch.randint(len(dataset), (64 * cfg.codes // cfg.tokens + 1,), generator=generator)
-    x = dataset.pixels(index.numpy()).to(vq.codes.dtype)                                      # (M, 3, R, R)
-    latents = common.in_blocks(lambda x: model.encode(x)[0], vq.codes.device, x)                 # (M, N, d)
-    u = F.normalize(latents.flatten(0, 1), dim=1).to(vq.codes.device)                               # (m, d)
+    parts = [dataset.pixels(part.numpy(), vq.codes.device) for part in index.split(100)]
+    latents = torch.cat([model.encode(x.to(vq.codes.dtype))[0] for x in parts])                  # (M, N, d)
+    u = F.normalize(latents.flatten(0, 1), dim=1)                                                   # (m, d)
     codes = u[torch.randperm(len(u), generator=generator)[:cfg.codes]]                              # (K, d)
     if first:
         for _ in range(20):
@@ -891,40 +934,60 @@ def train_tokenizer(cfg):
     if cfg.tokenizer:                       # the file may hold a part alone, such as SigLIP2's weights
         found = common.read_checkpoint(cfg.tokenizer, "detailflow")["state"]["tokenizer"]
         model.load_state_dict(found, strict=False)
-    params = [*model.parameters(), *disc.parameters()]          # equal rates: one optimizer serves both
-    opt = torch.optim.Adam(params, betas=(0.9, 0.95), fused=True)
+    common.load_init(cfg, model, "tokenizer")
+    opt = optimizer_tokenizer(model, disc, cfg)
     start = run.restore(tokenizer=model, disc=disc, opt=opt)
     common.compile_blocks(cfg, [*model.encoder.blocks, *model.decoder.blocks])
+    read = common.read_ahead(lambda step: draw_tokenizer(dataset, cfg, step, device), device, run.total)
     for step in run.steps(start):
-        batch, draws = draw_tokenizer(dataset, cfg, step, device)
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step))
         renew_codes(model, dataset, cfg, step)
         model.vq.bypass = step < cfg.kmeans
         weight = weights(cfg, step)
-        with common.autocast(cfg):
-            value, losses, (ids, recon, target) = loss_tokenizer(model, batch, draws, weight, teacher, disc)
-            if cfg.gan:
-                # From step 1, though with weight 0 until --gan_from: LeCam's means are settled by then.
-                # Official code differs: there each process has means of its own.
-                logits = disc_logits(disc, teacher, recon, target, draws["augment"][1:])
-                means = torch.stack([part.detach().mean() for part in logits[:2]])
-                disc.means.lerp_(common.average(means), 0.001)
-                losses["disc"] = loss_disc(logits, disc.means, weight["gan"])
         opt.zero_grad()
-        # The adversarial loss of the tokenizer leaves no gradient in the discriminator.
-        value.backward(inputs=[*model.parameters()])
+        picks = []
+        logits = []
+        for part, part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                value, losses, (ids, recon, target) = loss_tokenizer(
+                    model, part, part_draws, weight, teacher, disc)
+                if cfg.gan:
+                    logits.append(disc_logits(disc, teacher, recon, target, part_draws["augment"][:, 1:]))
+            # The adversarial loss of the tokenizer leaves no gradient in the discriminator.
+            (value / cfg.accumulate).backward(inputs=[*model.parameters()])
+            picks.append(ids)
+            run.add(loss=value, **losses)
         if cfg.gan:
-            losses["disc"].backward()
-        common.average_gradients(params)
+            value = follow_disc(disc, logits, weight["gan"])
+            value.backward()
+            run.add(disc=value)
+        common.average_gradients([*model.parameters(), *disc.parameters()])
         for network in (model, disc):
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         opt.step()
-        # The share that each code has of the picks, over all processes: renew_codes reads their sum.
-        picks = torch.bincount(ids.flatten(), minlength=cfg.codes).to(value.dtype)
-        use = common.average(picks / ids.numel())
-        model.vq.use += use
-        run.log(step, loss=value, codes=(use > 0).sum(), **losses)
+        run.log(step, codes=count_codes(model.vq, torch.cat(picks)))
         run.save(step)
+
+
+def follow_disc(disc, logits, weight):
+    """The discriminator's loss, of the logits of all parts of a batch; moves LeCam's running means (D15).
+
+    They move from step 1, though with weight 0 until --gan_from: they are settled by then.
+    Official code differs: there each process has means of its own.
+    """
+    logits = [torch.cat(parts) for parts in zip(*logits)]
+    means = torch.stack([part.detach().mean() for part in logits[:2]])                                 # (2)
+    disc.means.lerp_(common.average(means), 0.001)
+    return loss_disc(logits, disc.means, weight)
+
+
+def count_codes(vq, ids):
+    """How many codes a step has chosen, ids (B, N) of each process; adds their shares to vq.use."""
+    picks = torch.bincount(ids.flatten(), minlength=len(vq.use)).to(vq.use.dtype)                      # (K)
+    use = common.average(picks / ids.numel())                                                          # (K)
+    vq.use += use
+    return (use > 0).sum()
 
 
 def load(cfg, path):
@@ -957,6 +1020,51 @@ def make_triple(tokenizer, x, s, u):
     return tokenizer.correct(x, s, u)[1]
 
 
+def ar_zoom(cfg):
+    """How much stage ar enlarges images before it cuts: 1.1 where the tokenizer goes up to 1.25."""
+    return 1 + 0.4 * (cfg.zoom - 1)
+
+
+PLACES = ((0.5, 0.5), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))       # of crops: centre, then corners
+
+
+def encode_crops(tokenizer, dataset, index, device):
+    """Ids (B, m, 3, N) of the m = --crops crops of images `index`: of each its Triple, with the noise of D19.
+
+    Ten are the centre and the four corners of an image enlarged by 1.1, each followed by its mirror image.
+    """
+    cfg = tokenizer.cfg
+    sides = 2 if cfg.flip else 1
+    full = torch.ones(len(index), 1, device=device)                                                 # (B, 1)
+    found = []
+    for k in range(cfg.crops):
+        corner = full * torch.tensor(PLACES[k // sides], device=device)                             # (B, 2)
+        x = cut_images(dataset, cfg, index, full[:, 0] == k % sides, ar_zoom(cfg) * full, corner, device)
+        s, noise = draw_noise(cfg, index, device, k)
+        with common.autocast(cfg):
+            triple = make_triple(tokenizer, x, s, noise)                                      # each (B, N)
+        found.append(torch.stack(triple, 1))
+    return torch.stack(found, 1)                                                              # (B, m, 3, N)
+
+
+def store_tokens(tokenizer, dataset, run):
+    """The ids of all training images' crops, int16 or int32 (M, m, 3, N), in a file of the run, made once.
+
+    None with --crops 0.
+    """
+    cfg = tokenizer.cfg
+    if cfg.crops == 0:
+        return None
+    dtype = torch.int16 if cfg.codes <= 2 ** 15 else torch.int32
+
+    def make(first, last):
+        ids = encode_crops(tokenizer, dataset, np.arange(first, last), run.device)
+        return ids.to("cpu", dtype)
+
+    recipe = f"{common.fingerprint(tokenizer)} {len(dataset)}"      # all else stands in the run's config.json
+    return common.stored_rows(run.folder / "tokens.npy", make, len(dataset), recipe)
+
+
 def train_ar(cfg):
     """Stage 2: the AR model, on triples that the frozen tokenizer gives to cropped and flipped images."""
     device = common.device_of(cfg)
@@ -965,24 +1073,31 @@ def train_ar(cfg):
     run = common.Run(cfg, "ar", classes=dataset.classes)
     run.seed_weights()
     model = AR(cfg, len(dataset.classes)).to(device)
+    common.load_init(cfg, model, "ema", new=("label.weight",))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    opt = optimizer_ar(model)
+    opt = optimizer_ar(model, cfg)
     start = run.restore(model=model, ema=ema, opt=opt, frozen={"tokenizer": tokenizer})
     common.compile_blocks(cfg, model.blocks)
+    stored = store_tokens(tokenizer, dataset, run)
+    read = common.read_ahead(lambda step: draw_ar(dataset, cfg, step, device, stored), device, run.total)
     for step in run.steps(start):
-        (x, y), draws = draw_ar(dataset, cfg, step, device)
+        batch, draws = read(step)
         common.set_learning_rate(opt, learning_rate_ar(cfg, step))
         common.seed_dropout(cfg.seed, step)
-        with common.autocast(cfg):
-            triple = make_triple(tokenizer, x, draws["s"], draws["noise"])
-            value, losses = loss_ar(model, (triple, y), draws)
         opt.zero_grad()
-        value.backward()
+        for part, part_draws in common.in_parts(cfg.accumulate, batch, draws):
+            with common.autocast(cfg):
+                if stored is None:
+                    x, y = part
+                    part = make_triple(tokenizer, x, part_draws["s"], part_draws["noise"]), y
+                value, losses = loss_ar(model, part, part_draws)
+            (value / cfg.accumulate).backward()
+            run.add(loss=value, **losses)
         common.average_gradients(model.parameters())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         common.ema_update(ema, model, cfg.ema)
-        run.log(step, loss=value, **losses)
+        run.log(step)
         run.save(step)
 
 
@@ -992,7 +1107,7 @@ STAGES = {"tokenizer": train_tokenizer, "ar": train_ar}
 def train(cfg):
     """One stage, or both (--resume: a finished one is over at once); 1 where the demo missed its target."""
     path = common.run_stages(cfg, STAGES)
-    return report(cfg, path, common.folder(cfg)) if common.rank() == 0 else 0
+    return report(cfg, path, common.folder(cfg))
 
 
 # --- Checks ------------------------------------------------------------------
@@ -1012,15 +1127,23 @@ def check(cfg):
     """What relates fields to one another; UserError with one line."""
     require = common.require
     values = vars(cfg)
-    for name, part in (("size", "patch"), ("tokens", "group"), ("causal", "group"), ("batch_ar", "gpus")):
+    for name, part in (("size", "patch"), ("tokens", "group"), ("causal", "group")):
         whole = values[name] % values[part] == 0
         require(whole, f"--{name} {values[name]}: must be a multiple of --{part} {values[part]}")
+    parts = cfg.gpus * cfg.accumulate
+    whole = cfg.sample or cfg.batch_ar % parts == 0
+    require(whole, f"--batch_ar {cfg.batch_ar}: must be a multiple of {parts}, its parts in all processes")
     fits = cfg.group <= cfg.causal <= cfg.tokens and cfg.group < cfg.tokens
     require(fits, f"--tokens {cfg.tokens}: --group {cfg.group} must be less, --causal {cfg.causal} between")
     require(cfg.near <= cfg.codes, f"--near {cfg.near}: there are only {cfg.codes} codes")
     fits = cfg.label_dropout or cfg.cfg_scale == 1
     require(fits, f"--cfg_scale {cfg.cfg_scale}: --label_dropout 0 trains no null label; give --cfg_scale 1")
-    require(cfg.sample or not cfg.encode + cfg.decode, "--encode and --decode go with --sample CHECKPOINT")
+    asks = cfg.encode + cfg.decode + cfg.export
+    require(cfg.sample or not asks, "--encode, --decode and --export go with --sample CHECKPOINT")
+    most = (5 if cfg.zoom > 1 else 1) * (2 if cfg.flip else 1)
+    require(cfg.crops <= most, f"--crops {cfg.crops}: with this --zoom and --flip only {most} crops differ")
+    fits = not cfg.init or cfg.stage == "ar" or cfg.kmeans == 0
+    require(fits, f"--init {cfg.init}: brings its own codes; give --kmeans 0")
     num_tokens(cfg)
     for text in (cfg.encoder, cfg.decoder, cfg.gpt):
         parse_network(text)
@@ -1052,7 +1175,20 @@ def prepare(cfg):
     common.parse_classes(cfg.classes, len(train.classes))
     if cfg.tokenizer or cfg.stage == "ar":
         common.read_checkpoint(cfg.tokenizer or tokenizer_path(cfg), "detailflow")
-    open_teacher(cfg)
+    _, S = open_teacher(cfg)
+    if cfg.init and not cfg.resume:
+        check_init(cfg, S, len(train.classes))
+
+
+def check_init(cfg, S, classes):
+    """UserError where --init does not fit what the stages of this run will train."""
+    with torch.device("meta"):
+        tokenizer = Tokenizer(cfg, S if cfg.align else 0)
+        ar = AR(cfg, classes)
+    if cfg.stage != "ar":
+        common.init_state(cfg, tokenizer, "tokenizer")
+    if cfg.stage != "tokenizer":
+        common.init_state(cfg, ar, "ema", ("label.weight",))
 
 
 # --- Command line ------------------------------------------------------------
@@ -1102,17 +1238,52 @@ def show_noise(path, tokenizer, x, names):
     common.columns_png(path, [column[:10] for column in columns], heads, names, side=80)
 
 
+def draw_block(ar, cfg, y, first):
+    """Ids (m, n) for labels y (m,) of samples first, first + 1, ...: their draws depend on their numbers."""
+    device = common.device_of(cfg)
+    generator = common.make_generator(cfg.seed, first, "sample")
+    u = torch.rand(len(y), num_tokens(cfg), generator=generator)
+    return generate(ar, y.to(device), u.to(device), cfg).cpu()
+
+
+def sample_labels(ar, cfg):
+    """Labels (count,) to generate: those of --classes in turn."""
+    return torch.from_numpy(np.resize(common.parse_classes(cfg.classes, ar.classes), cfg.count))
+
+
 def draw_samples(ar, cfg):
-    """Ids (count, n) that the AR model draws, and their labels (count,): those of --classes in turn."""
-    y = torch.from_numpy(np.resize(common.parse_classes(cfg.classes, ar.classes), cfg.count))
-    u = torch.rand(cfg.count, num_tokens(cfg), generator=common.make_generator(cfg.seed, 0, "sample"))
-    return common.in_blocks(lambda y, u: generate(ar, y, u, cfg), common.device_of(cfg), y, u), y
+    """Ids (count, n) that the AR model draws, in blocks shared by all processes; their labels (count,)."""
+    y = sample_labels(ar, cfg)
+    blocks = common.share_blocks(lambda first, last: draw_block(ar, cfg, y[first:last], first), cfg.count)
+    return torch.cat([*blocks]), y
+
+
+def export_samples(tokenizer, ar, cfg):
+    """--export: images of --count samples, in blocks that all processes share."""
+    common.require(ar, f"--export: {cfg.sample} holds no AR model")
+    y = sample_labels(ar, cfg)
+
+    def make(first, last):
+        return decode_ids(tokenizer, draw_block(ar, cfg, y[first:last], first))
+
+    common.export_images(cfg.export, common.share_blocks(make, cfg.count), cfg.count)
+
+
+def encode_split(tokenizer, dataset):
+    """Ids int32 (M, N) of all images, in blocks that all processes share."""
+    device = common.device_of(tokenizer.cfg)
+
+    def make(first, last):
+        x = dataset.pixels(np.arange(first, last), device).to(torch.get_default_dtype())
+        return tokenizer.tokenize(x)[1].int().cpu()
+
+    return torch.cat([*common.share_blocks(make, len(dataset))]).numpy()
 
 
 def measure(tokenizer, cfg, where):
     """What the tokenizer makes of test images: prefixes.png, correction.png, and errors of all prefixes.
 
-    Returns the error with all tokens, and how many codes are in use.
+    Returns the error with all tokens and how many codes are in use; the images and their reconstructions.
     """
     test = open_split(cfg, "test", cfg.count)
     x = test.pixels(np.arange(min(cfg.count, len(test)))).to(torch.get_default_dtype())
@@ -1124,28 +1295,35 @@ def measure(tokenizer, cfg, where):
         show_noise(where / "correction.png", tokenizer, x, names)
     errors = {n: error(decode_ids(tokenizer, ids[:, :n]), x) for n in admissible(cfg)}
     print(f"{where}: error " + ", ".join(f"{e:.3f} (n={n})" for n, e in errors.items()), flush=True)
-    return {"error": errors[cfg.tokens], "codes": len(ids.unique())}
+    return {"error": errors[cfg.tokens], "codes": len(ids.unique())}, x, decode_ids(tokenizer, ids)
 
 
-TARGET = dict(error=0.1, codes=128, accuracy=0.4)       # demo; two seeds: .050 256 .652, .067 256 .544
+TARGET = dict(error=0.1, codes=128, reconstructed=0.5, accuracy=0.4)     # demo
 
 
 def report(cfg, path, where):
     """Pictures of a checkpoint and its figures, printed; 1 where the demo missed its target.
 
-    Accuracy: the share of generated images that the ruler, a classifier of real ones, puts into their class.
+    All processes draw the samples, the first one does the rest. Accuracy is the share of images that the
+    ruler, a classifier of real ones, puts into their class.
     """
     tokenizer, ar, names = load(cfg, path)
     if ar:
         ids, y = draw_samples(ar, cfg)
+    if common.rank() > 0:
+        return 0
+    if ar:
         whole = cfg.keep == "all" and not cfg.sample            # else its images may be absent or larger
         extra = [("train", lambda x: common.nearest(x, open_split(cfg, "train")))] if whole else []
         show_prefixes(where / "generation.png", tokenizer, ids[:10], [names[k] for k in y[:10]], extra)
     if ar and cfg.sample:
         return 0
-    found = measure(tokenizer, cfg, where)
+    found, x, recon = measure(tokenizer, cfg, where)
     if ar and cfg.steps >= 100:
         ruler = common.judge(open_split(cfg, "judge"), "ruler")
+        labels = torch.from_numpy(open_split(cfg, "test", cfg.count).labels[:len(x)])
+        print(f"{where}: of {len(x)} real images the ruler knows {common.accuracy(ruler, x, labels):.3f}")
+        found["reconstructed"] = common.accuracy(ruler, recon, labels)
         found["accuracy"] = common.accuracy(ruler, enlarge(decode_ids(tokenizer, ids), cfg.size), y)
     print(", ".join(f"{name} {value:.3g} (target {TARGET[name]})" for name, value in found.items()))
     missed = found.pop("error") > TARGET["error"] or any(found[name] < TARGET[name] for name in found)
@@ -1173,20 +1351,25 @@ def main(cfg):
     """Train, or use a checkpoint and write to --out alone; returns the exit code."""
     if not cfg.sample:
         return train(cfg)
-    tokenizer, _, _ = load(cfg, cfg.sample)
+    tokenizer, ar, _ = load(cfg, cfg.sample)
     where = common.sample_folder(cfg)
-    codebook_hash = f"{zlib.crc32(tokenizer.vq.codes.cpu().numpy().tobytes()):08x}"
-    if cfg.encode:
+    codebook_hash = common.fingerprint(tokenizer.vq)[:8]
+    written = cfg.export or cfg.encode or where
+    if cfg.export:
+        export_samples(tokenizer, ar, cfg)
+    elif cfg.encode:
         dataset = open_split(cfg, "train")
-        ids = encode_images(tokenizer, dataset.pixels(np.arange(len(dataset))))[:, 0].int().numpy()
-        packed = dict(ids=ids, labels=dataset.labels, codebook=codebook_hash)
-        common.write_atomic(cfg.encode, lambda file: np.savez(file, **packed))
+        packed = dict(ids=encode_split(tokenizer, dataset), labels=dataset.labels, codebook=codebook_hash)
+        if common.rank() == 0:
+            common.write_atomic(cfg.encode, lambda file: np.savez(file, **packed))
     elif cfg.decode:
         ids = read_tokens(cfg, codebook_hash)[:min(cfg.count, 100)]
-        show_prefixes(where / "decoded.png", tokenizer, ids, ())
+        if common.rank() == 0:
+            show_prefixes(where / "decoded.png", tokenizer, ids, ())
     else:
         report(cfg, cfg.sample, where)
-    print(f"written: {cfg.encode or where}")
+    if common.rank() == 0:
+        print(f"written: {written}")
     return 0
 
 

@@ -7,6 +7,7 @@ plain_* functions below are the paper's tokenizer, correction, transformer and s
 import copy
 import dataclasses
 import itertools
+import json
 import math
 
 import common
@@ -54,8 +55,13 @@ def uniform(*size, seed=2):
 
 
 def drawn(n, s=None, u=None, v=None):
-    """The draws of a step of the tokenizer: v (b, 10) for the fake images of its own loss."""
-    return {"n": n, "s": s, "noise": u, "augment": [v]}
+    """The draws of a step of the tokenizer: v (B, 2, 10) for the fake images of its own loss."""
+    return {"n": n, "s": s, "noise": u, "augment": None if v is None else v[:, None]}
+
+
+def rows_of(v):
+    """Draws (B, 2, 10) as plain_augment reads them: a row an image, those of the corrected images behind."""
+    return torch.cat([v[:, 0], v[:, 1]])
 
 
 def close(a, b, atol):
@@ -939,12 +945,12 @@ def test_D9_tokenizer_step_by_hand(n, s):
 
 def test_D9_adversarial_term_by_hand():
     cfg, features = config(gan=0.3, gan_from=4, align=0.0, perceptual=0.0), judge()
-    x, u, v = images(2), uniform(2, 12), uniform(4, 10)
+    x, u, v = images(2), uniform(2, 12), uniform(2, 2, 10)
     assert [detailflow.weights(cfg, step)["gan"] for step in (0, 2, 3, 4)] == [0, 0, 0.3, 0.3]
     disc, model = awake(detailflow.make_discriminator(5)), tokenizer()
     weight = detailflow.weights(cfg, 4)
     value, losses, (_, recon, _) = detailflow.loss_tokenizer(model, x, drawn(12, 3, u, v), weight, features, disc)
-    logits = disc(features(torch.stack([plain_augment(a, b, 0.2, 0.5) for a, b in zip(recon, v)])))
+    logits = disc(features(torch.stack([plain_augment(a, b, 0.2, 0.5) for a, b in zip(recon, rows_of(v))])))
     close(losses["gan"].detach(), -logits.mean().detach(), 1e-11)
     expected = losses["mse"] + losses["codebook"] + 0.25 * losses["commit"] + 0.3 * losses["gan"]
     close(value.detach(), expected.detach(), 1e-11)
@@ -988,8 +994,8 @@ def plain_augment(x, u, cut, chance):
 @pytest.mark.parametrize("h, cut, chance", [(16, 0.2, 0.5), (12, 0.5, 1.0), (8, 0.2, 0.0), (4, 0.2, 1.0)])
 def test_D14_augmentation_by_hand(h, cut, chance):
     """D14 by loops over images and pixels."""
-    x, u = images(40, side=h), uniform(50, 10, seed=int(10 * chance + h))
-    expected = torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, u)])
+    x, u = images(40, side=h), uniform(25, 2, 10, seed=int(10 * chance + h))
+    expected = torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, rows_of(u))])
     close(detailflow.augment(x, u, cut, chance), expected, 1e-12)
     if chance == 0:
         assert torch.equal(detailflow.augment(x, u, cut, chance), x)
@@ -1008,13 +1014,13 @@ def plain_rival(real, fake, hard_real, hard_fake, means):
 
 def test_D15_discriminator_step_by_hand():
     """D15: hinge, LeCam and consistency from a loop over images."""
-    disc, features, v = awake(detailflow.make_discriminator(5)), judge(), uniform(4, 4, 10)
+    disc, features, v = awake(detailflow.make_discriminator(5)), judge(), uniform(2, 4, 2, 10)
     goal, recon = images(2, seed=3), images(2, seed=4)
     logits = detailflow.disc_logits(disc, features, recon, goal, v)
     means = torch.tensor([0.4, -0.3])
     value = detailflow.loss_disc(logits, means, 0.2)
     assert detailflow.loss_disc(logits, means, 0.0) == 0                # before --gan_from: consistency as well
-    cases = (goal, v[0], 0.2, 0.5), (recon, v[1], 0.2, 0.5), (goal, v[2], 0.5, 1.0), (recon, v[3], 0.5, 1.0)
+    cases = [(x, v[:, k, 0], *how) for k, (x, *how) in enumerate(((goal, 0.2, 0.5), (recon, 0.2, 0.5), (goal, 0.5, 1), (recon, 0.5, 1)))]
     real, fake, hard_real, hard_fake = (
         disc(features(torch.stack([plain_augment(a, b, cut, chance) for a, b in zip(x, w)]))).detach().flatten()
         for x, w, cut, chance in cases)
@@ -1183,11 +1189,13 @@ def test_tokenizer_training_by_value(tmp_path, monkeypatch, double):
             close(saved["state"][name][key], means if key == "means" else tensor, 1e-9)
 
 
-def test_ar_training_by_value(tmp_path, monkeypatch, double):
+@pytest.mark.parametrize("crops", [0, 2])
+def test_ar_training_by_value(crops, tmp_path, monkeypatch, double):
     """D16, D19, D20 in a loop of its own: rates that rise for 1.1 of 22 steps; noise of each image for ever;
-    labels lost by a draw of their own, beside noise and without it; averaged weights."""
+    labels lost by a draw of their own, beside noise and without it; averaged weights. Two stored crops are an image and
+    its mirror image."""
     monkeypatch.chdir(tmp_path)
-    rest = dict(gan=0, perceptual=0, align=0, flip=True)
+    rest = dict(gan=0, perceptual=0, align=0, flip=True, crops=crops)
     run(*tiny(steps=22, steps_tokenizer=2, batch_ar=4, noisy=0.5, label_dropout=0.4, lr_ar=0.04, ema=0.7, **rest))
     saved = torch.load("runs/detailflow/demo/ar.pt", weights_only=True)
     cfg = detailflow.Config(**saved["config"])
@@ -1200,12 +1208,14 @@ def test_ar_training_by_value(tmp_path, monkeypatch, double):
     opt.param_groups[0]["weight_decay"], opt.param_groups[1]["weight_decay"] = 0.05, 0.0
     for t in range(22):
         index, x, u, _ = plain_draws(dataset, t, "ar", 4)
-        noise = data.uniform(index[:, None], np.arange(9), 1)                   # by seed + 1 and image, for ever
+        noise = data.uniform(index[:, None], np.arange(17), 1)                  # by seed + 1 and image, for ever
         rate = 0.005 + 0.995 * t / 1.1 if t < 1.1 else 0.01 + 0.495 * (1 + math.cos(math.pi * (t / 22 - 0.05) / 0.95))
         value = 0
         for b in range(4):
-            s = [0, 1, 2, 2, 4, 4][int(6 * noise[b, 0])]
-            _, (clean, given, target), _ = plain_correction(tokenizer, x[b:b + 1], s, torch.from_numpy(noise[b:b + 1, 1:]))
+            s, k = [0, 1, 2, 2, 4, 4][int(6 * noise[b, 0])], int(crops * u[b, 1])
+            shown = dataset.pixels(index[b:b + 1]).double().flip([3] if k else []) if crops else x[b:b + 1]
+            codes = torch.from_numpy(noise[b:b + 1, 1 + 8 * k:9 + 8 * k])
+            _, (clean, given, target), _ = plain_correction(tokenizer, shown, s, codes)
             wrong, lost = (u[b, 4:6] < torch.tensor([0.5, 0.4])).tolist()
             read, goal = (given, target) if wrong else (clean, clean)
             logits = plain_ar(model, read[:, :6], torch.tensor([10 if lost else dataset.labels[index[b]]]), cfg)
@@ -1293,7 +1303,7 @@ def test_teachers_and_rulers_read_pictures_of_one_side(tmp_path, monkeypatch):
     model, other = detailflow.Tokenizer(small), detailflow.AR(small, 10)
     checkpoint(tmp_path / "ar.pt", small, tokenizer=model, ema=other)
     detailflow.report(small, tmp_path / "ar.pt", tmp_path)
-    assert read == [(4, 3, 32, 32)]
+    assert read == 3 * [(4, 3, 32, 32)]                                  # real ones, reconstructions, samples
 
 
 def test_draws_of_a_run_follow_the_schedule(tmp_path, monkeypatch):
@@ -1308,7 +1318,7 @@ def test_draws_of_a_run_follow_the_schedule(tmp_path, monkeypatch):
             assert n == 8 and s is None
         else:
             assert (s is None) == (n == 1) and (s is None or torch.as_tensor(s).numel() == 1 and s < n)
-        assert u.shape == (2, 8) and v.shape == (5, 4, 10)
+        assert u.shape == (2, 8) and v.shape == (2, 5, 2, 10)
     lengths = [call[2]["n"] for call in calls[3:]]
     assert {1, 2, 4, 6, 8} >= set(lengths) and len(set(lengths)) > 3 and 8 in lengths
     assert len({float(call[2]["noise"][0, 0]) for call in calls}) == 40       # fresh draws at every step
@@ -1350,7 +1360,7 @@ def test_D19_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch)
             starts.extend((a.sum().item(), int(b), c.sum().item()) for a, b, c in zip(x, s, u))
         return original(self, x, s, u)
     monkeypatch.setattr(detailflow.Tokenizer, "correct", correct)
-    run(*tiny(steps=10, batch_ar=12, flip=False, zoom=1.0, kmeans=0, align=0, gan=0, perceptual=0))
+    run(*tiny(steps=10, batch_ar=12, flip=False, zoom=1.0, crops=0, kmeans=0, align=0, gan=0, perceptual=0))
     assert len(starts) == 120 and len({image for image, _, _ in starts}) == len(set(starts)) <= 40
     assert len({s for _, s, _ in starts}) > 3
 
@@ -1419,11 +1429,11 @@ def test_initial_weights():
 
 
 def test_drawn_images():
-    cfg = config(size=8, flip=True, zoom=1.0)
+    cfg = config(size=8, flip=True, zoom=1.0, kmeans=100, batch=8, batch_ar=8)
     dataset = detailflow.open_split(cfg, "train", 40)
     flips = 0
     for step in range(10):
-        x, index, draws = detailflow.draw_images(dataset, cfg, step, "tokenizer", 8)
+        index, draws = detailflow.draw_images(dataset, cfg, step, "tokenizer", 8)
         widths = dict(flip=1, zoom=1, corner=2, noisy=1, drop=1, noise=12, augment=100)
         assert {name: draws[name].shape for name in widths} == {name: (8, k) for name, k in widths.items()}
         generator = common.make_generator(cfg.seed, step, "tokenizer data")
@@ -1431,19 +1441,67 @@ def test_drawn_images():
         assert torch.equal(torch.cat([draws[name] for name in widths], 1), torch.rand(8, 118, generator=generator))
         once = torch.stack([draws[name] for name in ("degrade", "length", "start")])
         assert torch.equal(once, torch.rand(3, generator=generator))
-        for image, plain in zip(x, dataset.pixels(index)):
-            assert torch.equal(image, plain) or torch.equal(image, plain.flip(-1))
-            flips += torch.equal(image, plain.flip(-1)) and not torch.equal(image, plain)
+        for image, plain, u in zip(detailflow.draw_tokenizer(dataset, cfg, step, "cpu")[0], dataset.pixels(index), draws["flip"]):
+            assert torch.equal(image, plain.flip(-1) if u < 0.5 else plain)
+            flips += bool(u < 0.5)
     assert 20 < flips < 60
-    still, index, _ = detailflow.draw_images(dataset, dataclasses.replace(cfg, flip=False), 0, "ar", 8)
-    assert torch.equal(still, dataset.pixels(index))
+    still = dataclasses.replace(cfg, flip=False)
+    index, _ = detailflow.draw_images(dataset, still, 0, "ar", 8)
+    assert torch.equal(detailflow.draw_ar(dataset, still, 0, "cpu")[0][0], dataset.pixels(index))
     ramp = dataclasses.replace(dataset, images=np.tile(np.arange(8, dtype=np.uint8) * 30, (40, 3, 8, 1)))
     zoomed = dataclasses.replace(cfg, flip=False, zoom=1.25)
     for stage, low, high in (("tokenizer", 0.8, 1.0), ("ar", 1 / 1.1, 1 / 1.1)):
-        x, _, _ = detailflow.draw_images(ramp, zoomed, 0, stage, 8)
+        batch, _ = detailflow.draw_tokenizer(ramp, zoomed, 0, "cpu") if stage == "tokenizer" else detailflow.draw_ar(ramp, zoomed, 0, "cpu")
+        x = batch if stage == "tokenizer" else batch[0]
         slope = (x[:, 0, 3, 5] - x[:, 0, 3, 2]) / 3 / (30 / 127.5)      # an enlarged picture changes more slowly
         assert slope.min() >= low - 1e-4 and slope.max() <= high + 1e-4
         assert (slope.max() - slope.min() > 0.02) == (stage == "tokenizer")
+
+
+def test_crops_are_resized_images_that_are_cut():
+    """By value: a whole image enlarged, then a window of it; anywhere, what an affine grid gives inside the edges."""
+    x = images(4)
+    big = F.interpolate(x, (32, 32), mode="bilinear")
+    for (across, down), (left, top) in {(0, 0): (0, 0), (1, 0): (16, 0), (0, 1): (0, 16), (1, 1): (16, 16), (0.5, 0.5): (8, 8)}.items():
+        corner = torch.tensor([[across, down]]).double().expand(4, 2)
+        close(detailflow.crop(x, torch.full((4, 1), 2.0).double(), corner), big[:, :, top:top + 16, left:left + 16], 1e-12)
+    zoom, corner = 1 + uniform(4, 1), uniform(4, 2, seed=5)
+    window = torch.cat([torch.eye(2) / zoom[..., None], ((1 - 1 / zoom) * (2 * corner - 1))[..., None]], 2)
+    grid = F.affine_grid(window, x.shape, False)
+    expected = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    close(detailflow.crop(x, zoom, corner), expected, 1e-12)
+
+
+def test_D19_stored_crops(tmp_path, monkeypatch):
+    """The ten published crops of each image, in a file of the run: one start of the noise, codes of their own."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        cfg = config(size=8, tokens=8, group=2, causal=2, flip=True, zoom=3.5, crops=10)      # 3.5: enlarged by 2
+        dataset, model = detailflow.open_split(cfg, "train", 6), awake(detailflow.Tokenizer(cfg))
+        found = detailflow.encode_crops(model, dataset, np.arange(6), torch.device("cpu"))
+        x, u = dataset.pixels(np.arange(6)).double(), data.uniform(np.arange(6)[:, None], np.arange(81), 1)
+        assert found.shape == (6, 10, 3, 8) and len({tuple(row) for row in found[:, :, 0].flatten(0, 1).tolist()}) > 10
+        starts = torch.tensor([[0, 1, 2, 2, 4, 4][int(6 * row[0])] for row in u])
+        for k in range(10):
+            left, top = [(4, 4), (0, 0), (8, 0), (0, 8), (8, 8)][k // 2]
+            shown = F.interpolate(x.flip(3) if k % 2 else x, (16, 16), mode="bilinear")[:, :, top:top + 8, left:left + 8]
+            noise = torch.from_numpy(u[:, 1 + 8 * k:9 + 8 * k])
+            assert torch.equal(found[:, k], torch.stack(model.correct(shown, starts, noise)[1], 1))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    run(*tiny(steps=4, flip=True, zoom=1.5, crops=4, batch_ar=8, noisy=0, gan=0, align=0, perceptual=0))
+    stored, path = np.load("runs/detailflow/demo/tokens.npy"), "runs/detailflow/demo/tokenizer.pt"
+    assert stored.shape == (40, 4, 3, 8) and stored.dtype == np.int16
+    cfg = detailflow.Config(**common.read_checkpoint(path, "detailflow")["config"])
+    dataset, seen = detailflow.open_split(cfg, "train", 40), set()
+    for step in range(20):
+        (ids, y), draws = detailflow.draw_ar(dataset, cfg, step, torch.device("cpu"), stored)
+        index, u = detailflow.draw_images(dataset, cfg, step, "ar", 8)
+        which = [int(4 * a) for a in u["zoom"]]
+        assert draws.keys() == {"noisy", "drop"} and torch.equal(ids.clean, torch.from_numpy(stored[index, which, 0]).long())
+        seen.update(which)
+    assert seen == {0, 1, 2, 3}
 
 
 @torch.no_grad()
@@ -1544,7 +1602,16 @@ BAD = """--tokens 18 -> --tokens 18: must be a multiple of --group 4
 --sample nowhere.pt -> nowhere.pt
 --stage ar -> tokenizer.pt
 --stage ar --tokenizer no.pt -> no.pt
---batch 3 --gpus 2 -> multiple of the 2
+--batch 3 --gpus 2 -> multiple of 2
+--batch 4 --accumulate 3 -> --batch 4
+--batch_ar 4 --batch 6 --accumulate 3 -> --batch_ar 4: must be a multiple of 3
+--crops 2 -> --crops 2: with this --zoom and --flip only 1 crops differ
+--crops 6 --zoom 1.2 -> only 5 crops differ
+--crops 11 -> --crops 11
+--muon -1 -> --muon -1
+--export x.npz -> --sample
+--init no.pt --kmeans 0 -> no.pt
+--init no.pt -> --kmeans 0
 --batch_ar 3 --batch 4 --gpus 2 -> --batch_ar 3
 --align 1 --teacher no.pt -> no.pt
 --align 1 --teacher no.pt2 -> no.pt2
@@ -1635,6 +1702,60 @@ def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
     np.savez("short.npz", **found | {"ids": found["ids"][:, :4]})
     run("--sample", path, "--decode", "short.npz")
     assert [x.shape[-1] for x in drawn[2]] == [detailflow.image_side(n, cfg) for n in (1, 2, 4)]
+
+
+def test_accumulated_parts_are_one_batch(tmp_path, monkeypatch, double):
+    """--accumulate 4: the same weights to rounding in both stages, the discriminator and its running means included."""
+    monkeypatch.chdir(tmp_path)
+    for parts in (1, 4):
+        run(*tiny(steps=6, batch_ar=8, accumulate=parts, crops=parts // 4, name=f"n{parts}"))     # tokens stored or not
+    for stage in ("tokenizer", "ar"):
+        one, four = (torch.load(f"runs/detailflow/n{parts}/{stage}.pt", weights_only=True)["state"] for parts in (1, 4))
+        for name in one.keys() - {"opt"}:
+            for key, tensor in one[name].items():
+                close(four[name][key], tensor, 1e-9)
+    logs = [(tmp_path / f"runs/detailflow/n{parts}/log-tokenizer.jsonl").read_text().split("\n") for parts in (1, 4)]
+    close(*[torch.tensor([json.loads(line)["disc"] for line in log[:-1]]) for log in logs], 1e-9)
+
+
+def test_a_run_starts_from_the_weights_of_another(trained, tmp_path, monkeypatch, capsys):
+    """--init: tokenizer and averaged AR model; with other classes the table of classes alone is new."""
+    monkeypatch.chdir(tmp_path)
+    packed("few.npz", 20, 4)
+    first, second = watched(monkeypatch, "loss_tokenizer"), watched(monkeypatch, "loss_ar")
+    start = dict(steps=1, init=trained / "ar.pt", kmeans=0)
+    run(*tiny(**start, data="npz:few.npz"))
+    state = torch.load(trained / "ar.pt", weights_only=True)["state"]
+    assert torch.equal(first[0][0].encoder.queries.detach(), state["tokenizer"]["encoder.queries"])
+    assert torch.equal(first[0][0].vq.codes.detach(), state["tokenizer"]["vq.codes"])
+    model = second[0][0]
+    assert model.label.weight.shape == (4, 16) and not torch.equal(state["ema"]["table.weight"], state["model"]["table.weight"])
+    assert all(torch.equal(p.detach(), state["ema"][name]) for name, p in model.named_parameters() if name != "label.weight")
+    run(*tiny(**start, name="same"))
+    assert torch.equal(second[1][0].label.weight.detach(), state["ema"]["label.weight"])
+    before = sorted(tmp_path.rglob("*"))
+    stops(tiny(**start, name="x", codes=32), "vq.codes is [16, 4] there and [32, 4] here", capsys)
+    stops(tiny(**start | dict(init=trained / "tokenizer.pt"), name="x"), "has no ema to start from", capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+    run(*tiny(**start | dict(init=trained / "tokenizer.pt"), name="x", stage="tokenizer"))
+
+
+def test_exported_samples_are_those_of_the_report(trained, tmp_path, monkeypatch, capsys):
+    """--export in both formats: sample i has draw i and class i mod 10, at the side of --keep, in blocks of 100."""
+    monkeypatch.chdir(tmp_path)
+    path = trained / "ar.pt"
+    cfg = dataclasses.replace(detailflow.Config(**common.read_checkpoint(path, "detailflow")["config"]), count=110)
+    tokenizer, ar, _ = detailflow.load(cfg, path)
+    ids, y = detailflow.draw_samples(ar, cfg)
+    u = torch.cat([torch.rand(m, 8, generator=common.make_generator(0, first, "sample")) for first, m in ((0, 100), (100, 10))])
+    assert y.tolist() == [k % 10 for k in range(110)] and torch.equal(ids, detailflow.generate(ar, y, u, cfg))
+    run("--sample", str(path), "--count", "110", "--export", "samples.npz")
+    with np.load("samples.npz") as file:
+        found = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    assert torch.equal(found, common.to_uint8(detailflow.decode_ids(tokenizer, ids)))
+    run("--sample", str(path), "--count", "3", "--export", "folder", "--keep", "1")
+    assert len([*(tmp_path / "folder").iterdir()]) == 3
+    stops(["--sample", str(trained / "tokenizer.pt"), "--export", "x.npz"], "holds no AR model", capsys)
 
 
 @pytest.mark.parametrize("words, error", [
@@ -1768,7 +1889,7 @@ def test_few_tokens_with_all_losses_at_once(n, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "judge", lambda data, role: judge)
     monkeypatch.setattr(detailflow, "open_split", lambda *args: None)
     features, model, disc = detailflow.open_teacher(cfg)[0], detailflow.Tokenizer(cfg, 64), detailflow.make_discriminator(64)
-    draws = drawn(n, None if n == 1 else 0, torch.rand(2, 32), torch.rand(4, 10))
+    draws = drawn(n, None if n == 1 else 0, torch.rand(2, 32), torch.rand(2, 2, 10))
     weight = detailflow.weights(cfg, 0)
     value, losses, _ = detailflow.loss_tokenizer(model, images(2, 32).float(), draws, weight, features, disc)
     value.backward()
@@ -1814,13 +1935,18 @@ def test_what_cannot_fit_is_one_line(tmp_path, monkeypatch, capsys):
 def test_more_steps_of_the_first_stage_make_the_second_start_anew(tmp_path, monkeypatch, capsys):
     """--resume --steps N: no checkpoint holds another tokenizer than the one that was trained further."""
     monkeypatch.chdir(tmp_path)
-    run(*tiny(steps=3))
+    run(*tiny(steps=3, crops=1, noisy=0))
+    stored = np.load("runs/detailflow/demo/tokens.npy")
     run("--resume", "--name", "demo", "--steps", "5")
     assert "starting anew" in capsys.readouterr().out
     states = [torch.load(f"runs/detailflow/demo/{stage}.pt", weights_only=True) for stage in ("tokenizer", "ar")]
     first, second = (saved["state"]["tokenizer"] for saved in states)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert [saved["step"] for saved in states] == [5, 5]
+    anew, cfg = np.load("runs/detailflow/demo/tokens.npy"), detailflow.Config(**states[1]["config"])
+    model, _, _ = detailflow.load(cfg, "runs/detailflow/demo/tokenizer.pt")
+    ids = model.tokenize(detailflow.open_split(cfg, "train", 40).pixels(np.arange(40)))[1]
+    assert np.array_equal(anew[:, 0, 0], ids) and not np.array_equal(stored, anew)      # so are the stored tokens
 
 
 def test_steps_are_those_asked_for(tmp_path, monkeypatch):

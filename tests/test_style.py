@@ -27,7 +27,7 @@ CODE_LINES = {                                      # a line a file, so that cha
     "arflow": 457,
     "common": 1135,
     "data": 1005,
-    "detailflow": 765,
+    "detailflow": 882,
     "flextok": 861,
     "gpipe": 952,
     "slimfit": 825,

@@ -25,7 +25,7 @@ TINY = {
                     levels="8,5", repa=1.0, steps=6, batch=4, lr=1e-3, num_steps=2, count=10, log=2, save=3),
     "detailflow": dict(size=8, patch=4, tokens=8, group=2, causal=2, codes=16, dim=4, near=4, encoder="16x1x2x16",
                        decoder="16x1x2x16", gpt="16x1x2x16", degrade=0.5, kmeans=2,
-                       perceptual=1.0, ramp=2, gan=0.2, gan_from=3, align=1.0, dropout=0.0,
+                       perceptual=1.0, ramp=2, gan=0.2, gan_from=3, align=1.0, dropout=0.0, crops=0,
                        steps=6, batch=4, lr=0.1, count=10, log=2, save=3),
 }
 
@@ -49,8 +49,11 @@ def arflow_extra(arflow):
 
 
 def detailflow_extra(detailflow):
-    """The sampler without a cache: the plain form of the cached one."""
-    cfg = detailflow.Config(**TINY["detailflow"])
+    """The sampler without a cache, the plain form of the cached one; and stored tokens, of three images."""
+    cfg = detailflow.Config(**TINY["detailflow"] | dict(crops=2))
+    tokenizer, dataset = detailflow.Tokenizer(cfg).requires_grad_(False), detailflow.open_split(cfg, "train", 3)
+    stored = detailflow.encode_crops(tokenizer, dataset, np.arange(3), torch.device("cpu"))
+    detailflow.draw_ar(dataset, cfg, 0, torch.device("cpu"), stored.numpy())
     model = detailflow.AR(cfg, 3)
     detailflow.generate(model, torch.tensor([0, 2]), torch.rand(2, cfg.tokens), cfg, cached=False)
 

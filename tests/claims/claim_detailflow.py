@@ -503,7 +503,7 @@ def fit_scales(cfg, scale):
     model, dataset, total = Scales(cfg), opened(cfg, "train"), cfg.steps
     opt = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95), fused=True)
     for step in range(total):
-        x, *_ = detailflow.draw_images(dataset, cfg, step, "tokenizer", cfg.batch)
+        x, _ = detailflow.draw_tokenizer(dataset, cfg, step, torch.device("cpu"))
         model.free = step < cfg.kmeans
         if step and step % cfg.kmeans == 0 and step < 0.7 * total:
             model.renew(dataset.pixels(np.arange(64 * cfg.codes // model.n ** 2)), step == cfg.kmeans)
@@ -523,7 +523,7 @@ def fit_next_scale(cfg, scale, scales):
     torch.manual_seed(common.make_generator(cfg.seed, 0, "ar weights").initial_seed())
     model, dataset = NextScale(cfg, 10), opened(cfg, "train")
     ema = copy.deepcopy(model).requires_grad_(False).eval()
-    opt = detailflow.optimizer_ar(model)
+    opt = detailflow.optimizer_ar(model, cfg)
     for step in range(cfg.steps):
         (x, y), draws = detailflow.draw_ar(dataset, cfg, step, torch.device("cpu"))
         y = y.masked_fill(draws["drop"], model.classes)
