@@ -137,39 +137,40 @@ class BatchNorm(nn.BatchNorm2d):
     lingvo's; torch's is not. A plain BatchNorm would move twice for every recomputed micro-batch.
     """
 
-    sums = None                             # (3, C): count, sum and sum of squares of the mini-batch so far
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.moments = []                   # (n, mean, variance) of every micro-batch of the mini-batch so far
 
     def forward(self, x):
-        count = x.numel() // x.shape[1]
-        common.require(count > 1 or not self.training, f"{thread_local.layer}: a micro-batch has one value a "
+        n = x.numel() // x.shape[1]         # values a channel
+        common.require(n > 1 or not self.training, f"{thread_local.layer}: a micro-batch has one value a "
                        "channel, so no variance: ask for fewer micro-batches or a larger batch")
         if not self.training or self.running_mean is None:
             return super().forward(x)                                                       # (B, C, h, w)
+        if thread_local.recompute:
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)  # (B, C, h, w)
         # With momentum 1 torch leaves the moments of this call in the buffers, the variance unbiased.
         mean = torch.zeros_like(self.running_mean)                                                   # (C)
         var = torch.zeros_like(self.running_var)                                                     # (C)
-        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)         # (B, C, h, w)
-        if not thread_local.recompute:
-            self.add_moments(count, mean.double(), var.double())
-        return y                                                                            # (B, C, h, w)
-
-    def add_moments(self, n, mean, var):
-        """Add a micro-batch of n values a channel; float64, for s2 / n - mean^2 below cancels."""
-        s1 = n * mean                                                                                # (C)
-        s2 = (n - 1) * var + n * mean.square()                                                       # (C)
-        sums = torch.stack([torch.full_like(mean, n), s1, s2])                                    # (3, C)
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.moments.append((n, mean, var))
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)      # (B, C, h, w)
 
     def commit(self):
         """Move the running averages, behind the last micro-batch of all replicas (G11).
 
         Without momentum, as torch has it, they are averages over all mini-batches so far.
         """
-        if self.sums is None:               # nothing came by, or no averages are kept
+        if not self.moments:                # nothing came by, or no averages are kept
             return
-        n, s1, s2 = common.average(self.sums)                                              # (C), (C), (C)
+        n, means, variances = zip(*self.moments)
+        n = torch.tensor(n, dtype=torch.float64, device=means[0].device)                             # (M)
+        mean = torch.stack(means).double()                                                        # (M, C)
+        var = torch.stack(variances).double()                                                     # (M, C)
+        s1 = n @ mean                                                                                # (C)
+        s2 = (n - 1) @ var + n @ mean.square()                                                       # (C)
+        n, s1, s2 = common.average(torch.stack([n.sum().expand_as(s1), s1, s2]))           # (C), (C), (C)
         mean = s1 / n                                                                                # (C)
-        var = s2 / n - mean.square()                                                                 # (C)
+        var = s2 / n - mean.square()        # cancels, hence float64                                 # (C)
         self.num_batches_tracked += 1
         momentum = self.momentum
         if momentum is None:
@@ -691,6 +692,7 @@ class Minibatch:
     autocast: tuple                         # the caller's (kind of device, type, whether)
     stash: dict = field(default_factory=dict)       # (m, k): a stage's input
     interior: dict = field(default_factory=dict)    # (m, k): its output, whose graph holds all between
+    wanted: dict = field(default_factory=dict)      # k: for each output, whether it wants a gradient
     times: dict = field(default_factory=dict)       # (kind, m, k): (start, end) in seconds
     errors: list = field(default_factory=list)      # what stages raised, the first one first
     loss: object = None                     # what the last stage found, without graphs
@@ -792,7 +794,7 @@ class Pipeline:
         if recomputed and not self.probed:
             self.probe(pieces[0], batch)
         for norm in self.norms:
-            norm.sums = None
+            norm.moments.clear()
         for channel in self.forward_channels + self.backward_channels:
             channel.open()
         for piece in pieces:
@@ -852,17 +854,22 @@ class Pipeline:
             target.put(value)
 
     def do_forward(self, m, k, x, batch):
-        """F (G5). If it is to be recomputed, its graph is dropped here, once it has told which outputs want a
-        gradient.
+        """F (G5). Of a micro-batch that is recomputed the input alone is kept, and no graph is built.
 
-        So a stage holds M inputs and one interior at most (G9), but for mode "never".
+        So a stage holds M inputs and one interior at most (G9), but for mode "never". The first micro-batch
+        has a graph, which tells for all of them which outputs want a gradient.
         """
-        y = self.run_stage(m, k, x, batch)
+        recomputed = m in batch.recomputed
+        with torch.set_grad_enabled(batch.training and (m == 0 or not recomputed)):
+            y = self.run_stage(m, k, x, batch)
         if batch.training:
             batch.stash[m, k] = x
-            if m not in batch.recomputed:
-                batch.interior[m, k] = y
-        return map_tensors(lambda part: part.detach().requires_grad_(part.requires_grad), y)
+        if batch.training and not recomputed:
+            batch.interior[m, k] = y
+        if m == 0:
+            batch.wanted[k] = [part.requires_grad for part in as_tuple(y)]
+        sent = [part.detach().requires_grad_(wanted) for part, wanted in zip(as_tuple(y), batch.wanted[k])]
+        return tuple(sent) if isinstance(y, tuple) else sent[0]
 
     def do_loss(self, m, k, _, batch):
         """L: the loss of the gathered mini-batch (G6); its gradient returns in pieces, the last one first."""
