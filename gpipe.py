@@ -65,12 +65,12 @@ class Config:
     layers: int = 6                         # >= 1 and <= 9999: L encoder, L decoder layers; or normal cells
     width: int = 1024                       # >= 1: D; AmoebaNet: filters of the first stack
     hidden: int = 8192                      # >= 1: H
-    heads: int = 16                         # >= 1: A, of 64 channels each
+    heads: int = 16                         # >= 1 and <= 9999: A, of 64 channels each
     dropout: float = 0.0                    # in [0, 1): behind a sub-layer; AmoebaNet: before the classifier
     scaled: bool = True                     # feed-forward initialisation divided by the number of layers
     clip: float = 20.0                      # >= 0: training clips logits to +-clip (paper: no value); 0: not
     temperature: float = 1.43               # > 0: T; a language pair of n sentences is drawn ~ n^(1/T)
-    stages: int = 0                         # >= 0: K; 0: as many as --devices or --gpus
+    stages: int = 0                         # >= 0 and <= 9999: K; 0: as many as --devices or --gpus
     micro: int = 8                          # >= 1: M (paper: at least 4 K)
     checkpoint: Literal["always", "except_last", "never"] = "except_last"    # recomputed (lingvo: always)
     balance: str = "flops"                  # shared evenly: flops, time or params; or layers by hand: 3,2,4
@@ -86,7 +86,7 @@ class Config:
     cooldown: float = 0.0                   # in [0, 1]: share of steps in which it falls to 2 % (our choice)
     bn_momentum: float = 0.0003             # in [0, 1]: of BatchNorm's running averages (TPU code)
     seed: int = 0                           # every random number is a function of (seed, step)
-    gpus: int = 1                           # >= 1: devices; without a GPU, threads of the CPU
+    gpus: int = 1                           # >= 1 and <= 9999: devices; without a GPU, threads of the CPU
     device: str = "auto"                    # auto, cpu or cuda
     bf16: bool = False                      # bf16 autocast on CUDA
     compile: bool = False                   # torch.compile for the layers; takes minutes on a CPU
@@ -139,7 +139,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.moments = []                   # (n, mean, variance) of every micro-batch of the mini-batch so far
+        self.moments = []                   # (n, mean, variance) of each micro-batch so far
 
     def forward(self, x):
         n = x.numel() // x.shape[1]         # values a channel
@@ -218,14 +218,14 @@ def separable(P, C, k, stride):
 
 
 class MaxPool(nn.MaxPool2d):
-    """torch's, to the bit, in a quarter of the time on a CPU, where torch is slow but for channels that lie last."""
+    """torch's, to the bit, in a quarter of its time on a CPU, which pools fast where channels lie last."""
 
     def forward(self, x):
         if x.device.type != "cpu":
             return super().forward(x)                                                       # (B, C, y, x)
         last = x.detach().contiguous(memory_format=torch.channels_last)                     # (B, C, h, w)
-        _, place = F.max_pool2d(last, self.kernel_size, self.stride, self.padding, 1,
-                                self.ceil_mode, return_indices=True)                        # (B, C, y, x)
+        place = F.max_pool2d(last, self.kernel_size, self.stride, self.padding, 1, self.ceil_mode,
+                             return_indices=True)[1]                                        # (B, C, y, x)
         return x.flatten(2).gather(2, place.flatten(2)).view(place.shape)                   # (B, C, y, x)
 
 
@@ -1110,20 +1110,29 @@ class Samples(NamedTuple):
 
 # G13  p_d ~ n_d^(1 / T)       temperature-based sampling: how often direction d of n_d pairs is drawn, Sec. 5
 
-def draw(dataset, cfg, step):
-    """A step's Samples, drawn for the global mini-batch: images mirrored at random; sentence pairs by G13."""
+def pair_weights(dataset, cfg):
+    """How often each sentence pair is drawn (G13), (pairs), for `draw`; images have no weights: None."""
+    if cfg.model != "translate":
+        return None
+    # n_d^(1/T) is shared by the n_d pairs. 1/T = 0.7 is multilingual BERT's, the paper's T unknown.
+    n = torch.as_tensor(np.bincount(dataset.direction)).double()                            # (directions)
+    return n[dataset.direction] ** (1 / cfg.temperature - 1)                                # (pairs)
+
+
+def draw(dataset, weights, cfg, step, device="cpu"):
+    """A step's Samples, drawn for the global mini-batch: sentence pairs by their weights, or images.
+
+    Images are mirrored at random, on the device.
+    """
     generator = common.make_generator(cfg.seed, step, "data")
     if cfg.model != "translate":
         index = torch.randint(len(dataset), (cfg.batch,), generator=generator)
         flip = torch.rand(cfg.batch, 1, 1, 1, generator=generator) < 0.5                    # (B, 1, 1, 1)
         index = common.shard(index).numpy()
-        x = dataset.pixels(index)                                                           # (B, C, h, w)
-        x = torch.where(common.shard(flip), x.flip(-1), x)                                  # (B, C, h, w)
+        x = dataset.pixels(index, device)                                                   # (B, C, h, w)
+        x = torch.where(common.shard(flip).to(device), x.flip(-1), x)                       # (B, C, h, w)
         return Samples(x, torch.as_tensor(dataset.labels[index]), len(index))
-    # n_d^(1/T) is shared by the n_d pairs. 1/T = 0.7 is multilingual BERT's, the paper's T unknown.
-    n = torch.as_tensor(np.bincount(dataset.direction)).double()                            # (directions)
-    weight = n[dataset.direction] ** (1 / cfg.temperature - 1)                              # (pairs)
-    index = torch.multinomial(weight, cfg.batch, replacement=True, generator=generator).numpy()
+    index = torch.multinomial(weights, cfg.batch, replacement=True, generator=generator).numpy()
     source = torch.as_tensor(dataset.source[index])                                                # (B, S)
     ids = torch.as_tensor(dataset.target[index])                                                 # (B, N+1)
     target = torch.where(ids == PAD, -100, ids)[:, 1:]                                             # (B, N)
@@ -1183,7 +1192,7 @@ def example(cfg):
 def stage_devices(cfg):
     """One device a stage: those named, else --gpus GPUs of this replica in turn, else the CPU."""
     gpus = 0 if cfg.device == "cpu" else torch.cuda.device_count()
-    found = cfg.devices.replace(",", " ").split()
+    found = [name.strip() for name in cfg.devices.split(",")] if cfg.devices else []
     K = cfg.stages or len(found) or cfg.gpus
     if not found and gpus == 0:
         found = ["cpu"] * K
@@ -1243,8 +1252,11 @@ def train(cfg):
     opt = optimizer(model, cfg)
     start = run.restore(model=model, opt=opt)
     common.compile_blocks(cfg, model)
+    weights = pair_weights(dataset, cfg)
+    device = pipe.devices[0]
+    read = common.read_ahead(lambda step: draw(dataset, weights, cfg, step, device), device, run.total)
     for step in run.steps(start):
-        samples = draw(dataset, cfg, step)
+        samples = read(step)
         common.set_learning_rate(opt, learning_rate(cfg, step))
         opt.zero_grad()
         with common.autocast(cfg):
@@ -1370,7 +1382,7 @@ def classify(pipe, test, classes, count=1000):
     """(group, answer, right answer) of the first test images. classes: names of the model's outputs."""
     count = min(count, len(test.labels))
     for index in np.array_split(np.arange(count), math.ceil(count / 500)):
-        found = pipe.infer(test.pixels(index)).argmax(1)
+        found = pipe.infer(test.pixels(index, pipe.devices[0])).argmax(1)
         for row, label in zip(index, found):
             wanted = str(test.classes[test.labels[row]])
             yield wanted, classes[label], wanted

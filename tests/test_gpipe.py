@@ -860,9 +860,10 @@ def test_temperature_sampling():
     sizes = np.bincount(dataset.direction).astype(float)
     expected = sizes ** (1 / 2.5) / (sizes ** (1 / 2.5)).sum()
     cfg, found = config(batch=512, temperature=2.5), np.zeros(len(sizes))
+    weights = gpipe.pair_weights(dataset, cfg)
     rows = {row.tobytes(): d for row, d in zip(np.concatenate([dataset.source, dataset.target], 1), dataset.direction)}
     for step in range(40):
-        (source, ids), target, total = gpipe.draw(dataset, cfg, step)
+        (source, ids), target, total = gpipe.draw(dataset, weights, cfg, step)
         assert total == (target != -100).sum() and torch.equal(target[:, :-1].clamp(min=0), ids[:, 1:])
         full = np.concatenate([source, ids, np.where(target[:, -1:] < 0, 0, target[:, -1:])], 1)
         np.add.at(found, [rows[row.tobytes()] for row in full], 1)
@@ -1032,7 +1033,8 @@ def command(words):
 
 @pytest.mark.parametrize("words", [
     "--stages 9", "--micro 0", "--balance 3,2", "--balance 3,2,0 --stages 3", "--balance best", "--data shapes",
-    "--model lm", "--devices cuda:7,cuda:7", "--devices cpu --stages 3", "--model amoebanet-d --data shapes --layers 4",
+    "--model lm", "--devices cuda:7,cuda:7", "--devices cpu --stages 3", "--devices ,", "--devices cpu,,cpu", "--stages 10000000000", "--heads 900000000000000000",
+    "--plan --batch 1000000000000000000000000", "--model amoebanet-d --data shapes --layers 4",
     "--width 33", "--dropout 1", "--data numbers:x", "--temperature 0", "--stages -1", "--clip -1",
     "--clip nan", "--clip inf", "--cooldown nan", "--cooldown 2", "--decay -1", "--warmup -1", "--bn_momentum nan", "--emulate -1",
     "--emulate nan", "--classes -1", "--data numbers:20000", "--data numbers:0", "--data numbers:²", "--data numbers:1",
@@ -1057,6 +1059,8 @@ def test_a_class_counts_by_its_name(names, tmp_path, capsys):
     test = pictures(7, names)
 
     class Oracle:
+        devices = CPU
+
         def infer(self, x):
             return F.one_hot(torch.tensor(["abc".index(names[label]) for label in test.labels]), 3)
 

@@ -412,8 +412,9 @@ def fit(cfg, dataset, look=lambda model: None):
     sizes = gpipe.stage_sizes(cfg, model, cfg.stages or 1)
     pipe = gpipe.Pipeline(model, sizes, CPU, cfg.micro, cfg.checkpoint, cfg.seed)
     opt, losses = gpipe.optimizer(model, cfg), []
+    weights = gpipe.pair_weights(dataset, cfg)
     for step in range(cfg.steps):
-        inputs, target, total = gpipe.draw(dataset, cfg, step)
+        inputs, target, total = gpipe.draw(dataset, weights, cfg, step)
         common.set_learning_rate(opt, gpipe.learning_rate(cfg, step))
         opt.zero_grad()
         losses.append(float(pipe.step(inputs, lambda y, t=target, n=total: gpipe.loss(y, t, n), step)[0]))
@@ -596,7 +597,7 @@ def batch_norm(scale):
             cfg = picture(scale, 0, 300, batch=32)
             pipe, opt = Unprobed(model, [3, 5], CPU, M, "always"), torch.optim.Adam(model.parameters(), 3e-3)
             for step in range(cfg.steps):
-                inputs, target, total = gpipe.draw(images("train"), cfg, step)
+                inputs, target, total = gpipe.draw(images("train"), None, cfg, step)
                 opt.zero_grad()
                 pipe.step(inputs, lambda y, t=target, n=total: gpipe.loss(y, t, n), step)
                 opt.step()
