@@ -188,15 +188,19 @@ class Row(NamedTuple):
     faults: list            # what is missing or wrong, in words
 
 
-def source(name):
-    return (ROOT / f"{name}.py").read_text()
+@functools.cache
+def parsed(path):
+    """(text, its lines, its syntax tree) of a file of the repository."""
+    text = (ROOT / path).read_text()
+    return text, text.split("\n"), ast.parse(text)
 
 
-def prose_lines(text):
-    """{number: line} of the lines that are docstrings or comments alone, a comment without its #."""
-    lines = text.split("\n")
+@functools.cache
+def prose_lines(name):
+    """{number: line} of a file's lines that are docstrings or comments alone, a comment without its #."""
+    _, lines, tree = parsed(f"{name}.py")
     numbers = {number for number, line in enumerate(lines, 1) if line.strip().startswith("#")}
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             numbers |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     return {number: re.sub(r'^(\s*)(#|""")', lambda found: found[1] + " " * len(found[2]), lines[number - 1])
@@ -207,7 +211,7 @@ def prose_lines(text):
 def equations(name):
     """{label: its lines}: a definition is a label and two spaces at the start of a line of prose; deeper lines go on."""
     found, label, depth, last = {}, None, 0, 0
-    for number, line in prose_lines(source(name)).items():
+    for number, line in prose_lines(name).items():
         start = re.match(rf"\s*([{LETTERS[name]}]\d+)  +(\S.*)", line)
         indent = len(line) - len(line.lstrip())
         goes_on = label and number == last + 1 and line.strip() and indent > depth
@@ -243,10 +247,9 @@ def mentions(text, letters):
 @functools.cache
 def tests_by_label(name):
     """{label: tests}: those that name it, above or within themselves, or that call a helper which names it."""
-    text = (ROOT / f"tests/test_{name}.py").read_text()
-    lines = text.split("\n")
+    _, lines, tree = parsed(f"tests/test_{name}.py")
     functions, calls = {}, {}
-    for node in ast.parse(text).body:
+    for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             while first > 1 and lines[first - 2].startswith("#") and not lines[first - 2].startswith("# ---"):
@@ -276,12 +279,11 @@ def find_lines(name, function, words):
     module = name
     if function.split(".")[0] in ("data", "common"):
         module, _, function = function.partition(".")
-    text = source(module)
-    node = locate(ast.parse(text), function)
+    _, lines, tree = parsed(f"{module}.py")
+    node = locate(tree, function)
     if node is None:
         return f"{module}.py has no {function}"
-    prose = prose_lines(text)
-    lines = text.split("\n")
+    prose = prose_lines(module)
     found = [(number, re.sub(r"\s+# .*", "", lines[number - 1].strip())) for number in range(node.lineno, node.end_lineno + 1)
              if words in lines[number - 1] and number not in prose]
     return found or f"{module}.py: {function} has no line with {words!r}"
@@ -296,8 +298,7 @@ def check_golden(name, text):
         return [f"golden column {text!r}: write `case: arrays > test` or `- why none`"]
     case, arrays, test = found.groups()
     faults = []
-    tests = ast.parse((ROOT / f"tests/test_{name}.py").read_text())
-    if locate(tests, test) is None:
+    if locate(parsed(f"tests/test_{name}.py")[2], test) is None:
         faults.append(f"tests/test_{name}.py has no {test}")
     path = ROOT.parent / "shared" / "goldens" / name / f"{case}.npz"
     if path.parent.exists():                                            # else the trail's word is taken for it
@@ -357,21 +358,27 @@ def show(name, rows):
         print()
 
 
+def cell(texts, mark=""):
+    """Texts as one cell of a Markdown table, a line each."""
+    return "<br>".join(mark + text.replace("|", "\\|") + mark for text in texts)
+
+
 def table(name, rows):
-    """The rows as Markdown; nothing in it moves when lines do."""
+    """The rows as a Markdown table; nothing in it moves when lines do."""
     lines = [f"# {name}.py, equation by equation", "",
              f"Made by `python -m tests.audit {name} --write`; the same command without `--write` shows line numbers.",
-             "Golden cases are arrays that the authors' own code has made.", ""]
+             "A golden case is an array that the authors' own code has made, and the test that compares with it.", "",
+             "| | equation | code | golden case | tests that name it |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        lines += [f"## {row.label}", "", "```", *row.equation, "```", ""]
         functions = {}
         for function, words, _ in row.code:
-            functions.setdefault(function, []).append(f"`{words}`")
-        lines += [f"- code: **{function}** {', '.join(words)}" for function, words in functions.items()]
-        more = f" and {len(row.tests) - MOST} more" if len(row.tests) > MOST else ""
-        lines.append(f"- tests: {', '.join(row.tests[:MOST])}{more}")
-        lines += [f"- {'no golden case' if row.golden.startswith('- ') else 'golden case'}: {row.golden.removeprefix('- ')}", ""]
-    return "\n".join(lines)
+            functions.setdefault(function, []).append("`" + words.replace("|", "\\|") + "`")
+        code = "<br>".join(f"{function}: {', '.join(words)}" for function, words in functions.items())
+        more = [f"and {len(row.tests) - MOST} more"] if len(row.tests) > MOST else []
+        golden = "none: " + row.golden[2:] if row.golden.startswith("- ") else "`{}` {}<br>{}".format(*re.split(": | > ", row.golden))
+        equation = cell(row.equation, "`")
+        lines.append(f"| {row.label} | {equation} | {code} | {golden} | {cell([*row.tests[:MOST], *more])} |")
+    return "\n".join(lines) + "\n"
 
 
 def stale(name, rows):
@@ -382,15 +389,17 @@ def stale(name, rows):
     path = FOLDER / f"{name}.md"
     if not path.exists():
         return [f"{path.name} is missing"]
-    strip = lambda text: re.sub(r"^- tests: .*$", "", text, flags=re.M)
-    text = path.read_text()
-    found = [] if strip(text) == strip(table(name, rows)) else [f"{path.name} differs in equations, code or golden cases"]
-    sections = dict(re.findall(r"^## (\w+)\n.*?^- tests: (.*?)$", text, re.M | re.S))
-    for row in rows:
-        gone = [test for test in re.findall(r"test_\w+", sections.get(row.label, "")) if test not in row.tests]
+    stored, fresh = ([line.rsplit(" | ", 1) for line in text.split("\n") if line.startswith("| ")]
+                     for text in (path.read_text(), table(name, rows)))
+    found = []
+    for row, line in zip(rows, stored[2:]):
+        gone = [test for test in re.findall(r"test_\w+", line[1]) if test not in row.tests]
         if gone:
             found.append(f"{row.label}: {', '.join(gone)} no longer names it")
-    return found
+    for old, new in zip(stored, fresh):
+        if old[0] != new[0]:
+            found.append(f"{path.name}: {old[0]} -- is now -- {new[0]}")
+    return found + ([f"{path.name}: another number of equations"] if len(stored) != len(fresh) else [])
 
 
 def main(argv=None):

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from tests import ROOT
-from tests.audit import LETTERS, TRAIL, equations, locate, tests_by_label, trail
+from tests.audit import LETTERS, TRAIL, equations, locate, parsed, tests_by_label, trail
 
 import numpy as np
 import torch
@@ -52,10 +52,10 @@ def labels_of(file, name):
     return [label for label, (code, _) in trail(file).items() if re.search(rf"(^|; ){re.escape(name)}: ", code)]
 
 
-def blank(file, text, names):
+def blank(file, names):
     """The text of a file with the bodies of these functions blanked. SystemExit names what is no function."""
-    lines = text.split("\n")
-    tree = ast.parse(text)
+    _, lines, tree = parsed(f"{file}.py")
+    lines = [*lines]
     nodes = {}
     for name in names:
         node = locate(tree, name)
@@ -92,12 +92,11 @@ def set_exercise(file, names, where):
         sys.exit(f"error: {where}: is there already and not empty")
     if where.resolve().is_relative_to(ROOT):
         sys.exit(f"error: {where}: give a folder outside the repository")
-    text = (ROOT / f"{file}.py").read_text()
-    blanked = blank(file, text, names)
+    blanked = blank(file, names)
     shutil.copytree(ROOT, where, ignore=LEFT_OUT, dirs_exist_ok=True)
     (where / f"{file}.py").write_text(blanked)
     (where / ".solution").mkdir()
-    (where / ".solution" / f"{file}.py").write_text(text)
+    shutil.copy(ROOT / f"{file}.py", where / ".solution")
     (where / "check.py").write_text(CHECK.format(file=file, names=list(names)))
     print(f"{where}/{file}.py: write {', '.join(names)}; then, in {where}: python check.py")
 
@@ -292,16 +291,18 @@ def tests_of(file, name):
     stored = trail(file)
     found += [stored[label][1].rpartition(" > ")[2] for label in labels if " > " in stored[label][1]]
     if not found:
-        tree = ast.parse((ROOT / f"tests/test_{file}.py").read_text())
-        attribute = f"{file}.{name.split('.')[0]}"
-        found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-                 and re.search(rf"\b{re.escape(attribute)}\b", ast.unparse(node))]
+        _, lines, tree = parsed(f"tests/test_{file}.py")
+        attribute = rf"\b{file}\.{re.escape(name.split('.')[0])}\b"
+        found = [node.name for node in tree.body if getattr(node, "name", "").startswith("test_")
+                 and re.search(attribute, "\n".join(lines[node.lineno - 1:node.end_lineno]))]
     return list(dict.fromkeys(found))
 
 
 def verdict(watch, name, tests):
-    """("right", "wrong" or "untried", why) of an equation of function `name` that these tests name."""
+    """("right", "wrong" or "untried", why) of an equation of function `name`, by those of {test: how many of the
+    function's equations it names} that are the most specific."""
     ran = [test for test in tests if watch.outcomes.get(test) in ("passed", "failed")]
+    ran = [test for test in ran if tests[test] == min(map(tests.get, ran))]
     failed = [test for test in ran if watch.outcomes[test] == "failed"]
     differs = {test: told for test, told in watch.calls[name].items() if told}
     # A test may fail for another function's sake: then this one agrees with the solution in all its calls.
@@ -322,28 +323,34 @@ def check(file, names, show_solution=False):
     watch = Watch(file, names)
     path = ROOT / f"tests/test_{file}.py"
     words = [f"{path}::{test}" for test in chosen]
-    pytest.main([*words, "-p", "no:terminal", "-p", "no:cacheprovider", f"--rootdir={ROOT}"], plugins=[watch])
-    right = count = 0
+    options = ["-o", "addopts=", "-m", "not optional", "-p", "no:terminal", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    code = pytest.main([*words, *options], plugins=[watch])
+    if code not in (0, 1):
+        sys.exit(f"error: pytest ends with {code!r}: does {file}.py still import?")
+    right = count = differ = 0
     by_label = tests_by_label(file)
     for name in names:
         print(f"\n{name}")
         told = [(test, text) for test, text in watch.calls[name].items() if text]
         labels = labels_of(file, name)
         for label in labels or [""]:
-            golden = trail(file)[label][1].rpartition(" > ")[2] if label else ""
-            tests = [*by_label.get(label, []), golden] if label else tests_of(file, name)
+            named = by_label.get(label, []) if label else tests_of(file, name)
+            tests = {test: sum(test in by_label.get(other, []) for other in labels) for test in named}
+            if label and " > " in trail(file)[label][1]:
+                tests.setdefault(trail(file)[label][1].rpartition(" > ")[2], len(labels))
             what, why = verdict(watch, name, tests)
             count += 1
             right += what == "right"
             print(f"  {label or '-':5}{what:8}{equations(file)[label][0] if label else 'the tests that call it'}")
             if why:
                 print(f"{'':15}{why}")
+        differ += bool(told)
         if told:
             print(f"  first difference: {told[0][1]}  ({told[0][0]})")
         elif not watch.calls[name]:
             print("  no test has called it yet")
     print(f"\n{right} of {count} right; {len(chosen)} tests, {sum(v == 'failed' for v in watch.outcomes.values())} fail")
-    return int(right < count)
+    return int(right < count or differ > 0)
 
 
 def main(argv=None):
@@ -361,7 +368,7 @@ def main(argv=None):
             print(f"level {level}: {text.replace(',', ', ')}  ({', '.join(labels)})\n"
                   f"         python -m tests.exercise {given.file} --level {level} --to ../{given.file}-{level}")
         return 0
-    blank(given.file, (ROOT / f"{given.file}.py").read_text(), names)               # all of them are there
+    blank(given.file, names)               # all of them are there
     if given.solution:
         print(originals(given.file, names))
     elif given.to:

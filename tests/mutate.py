@@ -11,6 +11,7 @@ only where they all pass do the others of the file. tests/test_tools.py keeps th
 
 import argparse
 import ast
+import functools
 import os
 import re
 import shutil
@@ -274,20 +275,22 @@ def table():
     return [Fault(number, *row) for number, row in enumerate(rows, 1)]
 
 
+parse = functools.lru_cache(maxsize=16)(ast.parse)
+
+
 def definition(text, name):
     """The (start, end) offsets of a function or class "A" or "A.b" in a source text; "" is all of it. KeyError if absent."""
     if not name:
         return 0, len(text)
-    node = ast.parse(text)
+    node = parse(text)
     for part in name.split("."):
         found = [child for child in node.body if getattr(child, "name", "") == part]
         if not found:
             raise KeyError(f"no {name}")
         node = found[0]
-    starts = [0]
-    for line in text.split("\n"):
-        starts.append(starts[-1] + len(line) + 1)
-    return starts[node.lineno - 1], starts[node.end_lineno] - 1
+    lines = text.split("\n")
+    start = sum(len(line) + 1 for line in lines[:node.lineno - 1])
+    return start, start + sum(len(line) + 1 for line in lines[node.lineno - 1:node.end_lineno])
 
 
 def make(fault, text):
