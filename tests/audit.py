@@ -31,7 +31,7 @@ MOST = 6                                    # tests of one label that a table na
 
 TRAIL = {
     "arflow": """
-A1  | data.Data.latents: torch.exp(logvar && self.scale * z; draw: dataset.latents( | - no case draws latents: the authors' encoder is another project
+A1  | data.Data.latents: torch.exp(logvar && scale * z; draw: dataset.latents( | - no case draws latents: the authors' encoder is another project
 A2  | draw: .sort(1) | - a law of random numbers, which no array can pin
 A3  | draw: shard_noise( | - a law of random numbers, which no array can pin
 A4  | interpolate: t * x1 + (1 - t) * x0 | - the cases hold the network alone, not its training
@@ -45,17 +45,17 @@ A11 | Attention.forward: self.q(x) && self.k(x) && self.v(x) && self.decay_gate(
 A12 | Attention.forward: rms_norm(self.q(x)) && rms_norm(self.k(x)) && rms_norm(self.v(x)); rms_norm: F.rms_norm | 06_model_f64: out final_states > test_official_outputs_and_states
 A13 | Attention.forward: F.logsigmoid(a) | 06_model_f64: final_states > test_official_outputs_and_states
 A14 | Attention.forward: d ** -0.5 | 06_model_f64: out final_states > test_official_outputs_and_states
-A15 | hybrid: g.cumsum(-1).exp() | 06_model_f64: out out_stream > test_official_outputs_and_states
+A15 | hybrid: log_decay.cumsum(-1).exp() | 06_model_f64: out out_stream > test_official_outputs_and_states
 A16 | hybrid: gamma = | 06_model_f64: final_states > test_official_outputs_and_states
-A17 | hybrid: inside = && past = Q @ S && inside + past | 06_model_f64: out out_each_image_alone > test_official_outputs_and_states
-A18 | hybrid: S = gamma * S | 06_model_f64: final_states out_stream > test_official_outputs_and_states
+A17 | hybrid: inside = && past = && inside + past | 06_model_f64: out out_each_image_alone > test_official_outputs_and_states
+A18 | hybrid: added = && states.append( | 06_model_f64: final_states out_stream > test_official_outputs_and_states
 A19 | hybrid_matrix: inside = && exponent = && decay = && M = inside && M @ v | - our own plain form: the authors have the recurrence, which the case pins, and a test holds the two equal
 A20 | Attention.forward: rms_norm(o) && F.silu(self.output_gate(x)) | 06_model_f64: out > test_official_outputs_and_states
 A21 | sample: drift = && (2 * (1 - t) * dt) ** 0.5 * noise && (1 - LAST_TIME) * drift | - the cases hold the network alone, not the sampler
 A22 | guided_velocity: guided = v_none && v_y[:, cfg_channels:] | - the cases hold the network alone, not the sampler
 """,
     "flextok": """
-F1  | data.Data.latents: torch.exp(logvar && self.scale * z; draw_images: dataset.latents( | - every case starts from latents
+F1  | data.Data.latents: torch.exp(logvar && scale * z; draw_images: dataset.latents( | - every case starts from latents
 F2  | patchify: x.permute( | encoder_small: z tokens > test_official_encoder
 F3  | sincos_pos_embed: frequency = && wave = && torch.cat([wave.repeat_interleave | posemb: sincos_4x4_d64 sincos_8x8_d32 > test_official_position_table
 F4  | Encoder.forward: patches = && h = torch.cat([patches, registers], 1) | encoder_small: z tokens > test_official_encoder

@@ -13,27 +13,30 @@ import argparse
 import ast
 import functools
 import os
-import re
+import select
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # noqa: F401  before torch; both are here for the children, which need not import them
 from tests import ROOT
+
+import pytest
+import torch  # noqa: F401
 
 GOAL = 0.97
 PATIENCE = 600                              # seconds; a test that hangs has noticed
 
 FAULTS = {
     "arflow": [
-        ("hybrid", "g.mean(-1).exp()", "g.sum(-1).exp()", "A16: S decays by the sum of the gates", "official or loop_equals"),
-        ("hybrid", "g.cumsum(-1).exp()", "(g.cumsum(-1) - g).exp()", "A15: the running sum leaves out the token itself", "official or loop_equals"),
-        ("hybrid", "gamma * S + K.mT @ V", "gamma * (S + K.mT @ V)", "A18: the new image decays, too", "official or loop_equals"),
-        ("hybrid", "past = Q @ S", "past = Q @ (gamma * S if outputs else S)", "A17: the past is read after it has faded", "official or loop_equals"),
+        ("hybrid", "log_decay.mean(-1)", "log_decay.sum(-1)", "A16: S decays by the sum of the gates", "official or loop_equals"),
+        ("hybrid", "log_decay.cumsum(-1)", "(log_decay.cumsum(-1) - log_decay)", "A15: the running sum leaves out the token itself", "official or loop_equals"),
+        ("hybrid", "gamma[:, i] * states[i] + added[:, i]", "gamma[:, i] * (states[i] + added[:, i])", "A18: the new image decays, too", "official or loop_equals"),
+        ("hybrid", "torch.stack(states[:-1], 1)", "(gamma * torch.stack(states[:-1], 1))", "A17: the past is read after it has faded", "official or loop_equals"),
         ("Attention.forward", "self.decay_gate(x + c", "self.decay_gate(x + F.silu(c)", "A11: the decay gate reads SiLU(c)", "official or formulas"),
         ("guided_velocity", "v_none + cfg_scale * (v_y - v_none)", "v_y + cfg_scale * (v_y - v_none)", "A22: one unit of guidance too much", "guidance"),
         ("guided_velocity", "v_y[:, cfg_channels:]", "v_none[:, cfg_channels:]", "A22: the unguided channels follow no label", "guidance or channels"),
@@ -80,6 +83,14 @@ FAULTS = {
         ("Run.save", "self.weight_sums().sum()", "self.weight_sums().sum().nan_to_num()", "a checkpoint may hold NaN", "nan or finite"),
         ("is_preset", '("name", "resume", "log", "save")', '("name", "resume", "log", "save", "steps")', "a shorter run is held against the demo's target", "preset or target"),
         ("cli", 'free = ("name", "steps"', 'free = ("name", "lr", "steps"', "--resume may change the learning rate", "resumed_run_may_change"),
+        ("in_parts", "range(0, part * count, part)", "range(0, part * count - 1, part + 1)", "--accumulate leaves samples out", "parts"),
+        ("read_ahead", "pool.submit(read, step + 1)", "pool.submit(read, step)", "beside a GPU every step reads the batch of the one before", "ahead"),
+        ("set_learning_rate", 'lr * group.get("factor", 1)', "lr", "Muon's factor is forgotten at the first step", "muon"),
+        ("MuonAdamW.__init__", "if p not in chosen", "if p is not None", "AdamW steps the matrices of Muon, too", "muon"),
+        ("share_blocks", "first = round_[rank()]", "first = round_[0]", "all ranks make the same block", "blocks"),
+        ("stored_rows", 'if found["recipe"] == recipe else 0', "", "rows of another tokenizer are read: the key holds too little", "stored"),
+        ("init_state", "key in new and key in own", "key in own", "any tensor of another shape stays new in silence", "init"),
+        ("load_init", "cfg.init and not cfg.resume", "cfg.init", "--resume begins again from --init's weights", "init"),
         ("filter_logits", "logits.double() / temperature", "logits.double() * temperature", "a high temperature sharpens", "filter"),
         ("filter_logits", "mass <= 1 - top_p", "mass <= top_p", "top-p keeps what it should cut", "filter"),
         ("judge", "np.asarray(data.labels).tobytes()", 'b""', "a judge of other labels is read from the cache", "judge"),
@@ -94,7 +105,7 @@ FAULTS = {
         ("uniform", "seed * GOLDEN", "GOLDEN", "the seed is ignored", "splitmix or scenes or uniform"),
         ("draw", "for j in (3, 2, 1, 0)", "for j in (0, 1, 2, 3)", "the largest object lies below the others", "object_zero or drawing"),
         ("draw", "% (2 * room)", "% room", "shapes jump back instead of bouncing", "bounce"),
-        ("Data.pixels", "div_(127.5)", "div_(128)", "white is not 1", "pixels"),
+        ("", "np.float32(127.5) - 1", "np.float32(128) - 1", "white is not 1", "pixels or floats"),
         ("Data.latents", "rows[flip] = mirrored[index[flip]]", "rows[flip] = plain[index[flip]]", "a flipped latent is the plain one", "latents"),
         ("Data.latents", "clamp(-30, 20) / 2)", "clamp(-30, 20))", "A1, F1: the standard deviation is the variance", "latents"),
         ("Data.__post_init__", "labels if self.train_labels is None else self.train_labels", "labels", "a test split numbers its classes by itself", "class_list or gaps"),
@@ -314,16 +325,49 @@ def copy_repository(where):
     return root
 
 
+class Notice:
+    """A pytest plugin: the first test that fails."""
+
+    first = ""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.first = self.first or report.nodeid
+
+
 def run_tests(root, words):
-    """pytest in a copy: (exit code, names of the tests that failed, the last lines)."""
-    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "--no-header", "--tb=line", *words]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    """pytest in a copy of the repository, in a child process that has torch already: (exit code, first test that failed)."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(send)
+        return wait(child, receive)
+    code, notice = 3, Notice()
     try:
-        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        return 1, ["(hangs)"], ""
-    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M)
-    return done.returncode, failed, done.stdout[-2000:]
+        out = os.open(root.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.chdir(root)
+        sys.path[:] = [str(root), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+        own = {path.stem for path in ROOT.glob("*.py")} | {"tests"}
+        for name in [name for name in sys.modules if name.split(".")[0] in own]:
+            del sys.modules[name]
+        code = int(pytest.main(["-x", "--no-header", "--tb=line", *words], plugins=[notice]))
+    finally:
+        os.write(send, f"{code} {notice.first}".encode())
+        os._exit(0)
+
+
+def wait(child, receive):
+    """What a child of run_tests has found; one that hangs is ended."""
+    ready, _, _ = select.select([receive], [], [], PATIENCE)
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    said = os.read(receive, 2**16).decode() if ready else "1 (hangs)"
+    os.close(receive)
+    os.waitpid(child, 0)
+    code, _, first = (said or "1 (died)").partition(" ")
+    return int(code), first
 
 
 def try_fault(fault, root, clock):
@@ -337,9 +381,9 @@ def try_fault(fault, root, clock):
         for words in ([own, "-k", fault.words] if fault.words else [], [own]):
             if not words:
                 continue
-            code, failed, _ = run_tests(root, words)
+            code, first = run_tests(root, words)
             if code not in (0, 5):                                      # 5: the words chose no test
-                return failed[0] if failed else f"(exit code {code})"
+                return first or f"(exit code {code})"
         return ""
     finally:
         path.write_text(whole)
@@ -368,43 +412,49 @@ def main(argv=None):
             print(f"{fault.number:4} {fault.file:11}{fault.where:24} {fault.breaks}\n{'':16}{fault.old}  ->  {fault.new}")
         return 0
     with tempfile.TemporaryDirectory() as where:
-        return run(faults, [copy_repository(f"{where}/{job}") for job in range(given.jobs)])
+        return run(faults, given.jobs, Path(where))
 
 
-def run(faults, copies):
-    """Try all faults, in as many processes as there are copies; print what survives and the rate."""
-    clock = [time.time()]
-    noticed = {}
-
-    def work(fault):
-        root = copies.pop()
-        try:
-            noticed[fault] = try_fault(fault, root, clock)
-        finally:
-            copies.append(root)
-        print(f"{fault.number:4} {fault.file:11}{noticed[fault] or 'SURVIVES'}    {fault.breaks}", flush=True)
-
-    with ThreadPoolExecutor(len(copies)) as pool:
-        list(pool.map(work, faults))
+def run(faults, jobs, where):
+    """Try all faults in so many processes; print what survives and the rate; returns the exit code."""
+    children = []
+    for job in range(jobs):
+        child = os.fork()
+        if child == 0:
+            work(faults[job::jobs], copy_repository(where / str(job)), where / f"{job}.txt")
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    lines = [line.split("\t") for path in where.glob("*.txt") for line in path.read_text().splitlines()]
+    noticed = {int(number): test for number, test in lines}
     # A test that fails without a fault has noticed nothing.
-    tests = sorted({name for name in noticed.values() if "::" in name})
-    broken = set()
-    if tests:
-        command = [sys.executable, "-m", "pytest", "-rfE", "--no-header", "--tb=line", *tests]
-        done = subprocess.run(command, cwd=copies[0], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-        broken = set(re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M))
-    survivors = [fault for fault, name in noticed.items() if not name or name in broken]
+    tests = sorted({test for test in noticed.values() if "::" in test})
+    root, broken = copy_repository(where / "clean"), set()
+    for test in tests if tests and run_tests(root, tests)[0] else ():
+        if run_tests(root, [test])[0]:
+            broken.add(test)
+            print(f"fails without a fault: {test}")
+    survivors = [fault for fault in faults if noticed.get(fault.number, "") in {"", *broken}]
     print()
-    for name in sorted(broken):
-        print(f"fails without a fault: {name}")
-    for fault in sorted(survivors):
+    for fault in survivors:
         print(f"survives: {fault.number} {fault.file}.py, {fault.where or 'whole file'}: {fault.breaks}\n    {fault.old}  ->  {fault.new}")
-    rate = 1 - len(survivors) / max(1, len(faults))
     for file in dict.fromkeys(fault.file for fault in faults):
-        mine = [fault for fault in faults if fault.file == file]
-        print(f"{file}: {len(mine) - sum(fault.file == file for fault in survivors)} of {len(mine)} noticed")
+        mine, lost = (sum(fault.file == file for fault in some) for some in (faults, survivors))
+        print(f"{file}: {mine - lost} of {mine} noticed")
+    rate = 1 - len(survivors) / max(1, len(faults))
     print(f"{len(faults) - len(survivors)} of {len(faults)} noticed, {rate:.1%}")
     return int(rate < GOAL)
+
+
+def work(faults, root, path):
+    """Try faults in one copy, one after the other; a line each in a file, and printed."""
+    clock = [time.time()]
+    for fault in faults:
+        test = try_fault(fault, root, clock)
+        with open(path, "a") as file:
+            file.write(f"{fault.number}\t{test}\n")
+        print(f"{fault.number:4} {fault.file:11}{test or 'SURVIVES'}    {fault.breaks}", flush=True)
 
 
 if __name__ == "__main__":
