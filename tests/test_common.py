@@ -351,6 +351,25 @@ def test_dropout_is_reseeded_and_alone_all_is_mine():
     assert torch.equal(common.shard(torch.arange(6)), torch.arange(6)) and common.average(torch.ones(2)).sum() == 2
 
 
+def test_dropout_differs_by_rank_step_and_seed(monkeypatch):
+    seeds = set()
+    for rank in range(3):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        for seed, step in ((3, 4), (3, 5), (4, 4)):
+            common.seed_dropout(seed, step)
+            seeds.add(tuple(torch.rand(4).tolist()))
+    assert len(seeds) == 9
+
+
+def test_each_rank_has_its_own_slice(monkeypatch):
+    monkeypatch.setattr(common, "world", lambda: 3)
+    slices = []
+    for rank in range(3):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        slices.append(common.shard(torch.arange(6)).tolist())
+    assert slices == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_ema_by_hand():
     ema, model = nn.Linear(2, 2), nn.Linear(2, 2)
     wanted = [0.9 * a.detach() + 0.1 * b.detach() for a, b in zip(ema.parameters(), model.parameters())]
@@ -622,6 +641,15 @@ def test_a_file_where_a_folder_is_wanted_is_one_line(tmp_path):
         common.write_atomic(tmp_path / "file" / "x.pt", lambda file: file.write(b"new"))
 
 
+def test_a_file_is_whole_and_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, events, fsync, replace = tmp_path / "x", [], os.fsync, os.replace
+    common.write_atomic(path, lambda file: file.write(b"old"))
+    monkeypatch.setattr(os, "fsync", lambda number: events.append(("fsync", path.read_bytes())) or fsync(number))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append((Path(a).read_bytes(), Path(b).read_bytes())) or replace(a, b))
+    common.write_atomic(path, lambda file: file.write(b"new"))
+    assert events == [("fsync", b"old"), (b"new", b"old")] and path.read_bytes() == b"new"
+
+
 def test_kill_in_mid_save(tmp_path):
     """SIGKILL when half is written: the old file is whole."""
     code = ("import common, os, signal\n"
@@ -812,6 +840,22 @@ def test_judges_have_disjoint_halves_and_no_seed(tmp_path, monkeypatch):
     assert len(seen["teacher"]) == len(seen["ruler"]) == 32 and not seen["teacher"] & seen["ruler"]
     assert same_state(states["ruler", 0], states["ruler", 1])
     assert {k: v.shape for k, v in states["ruler", 0].items()} != {k: v.shape for k, v in states["teacher", 0].items()}
+
+
+def test_a_judge_is_kept_under_all_that_it_depends_on(tmp_path, monkeypatch):
+    """Its role, pictures, labels and recipe: where one differs, another is trained."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "tqdm", lambda steps, *_, **__: [0])
+    others, dimmed, source = Stripes(), Stripes(), common.inspect.getsource
+    others.labels = 1 - others.labels
+    dimmed.pixels = lambda index: Stripes().pixels(index) / 2
+    for data_set, role in ((Stripes(), "ruler"), (Stripes(), "teacher"), (others, "ruler"), (dimmed, "ruler"), (Stripes(), "ruler")):
+        common.judge(data_set, role)
+    assert len(list(Path("runs/judges").iterdir())) == 4
+    for changed in (common.Judge, common.train_judge):
+        monkeypatch.setattr(common.inspect, "getsource", lambda thing, changed=changed: source(thing) + "#" * (thing is changed))
+        common.judge(Stripes(), "ruler")
+    assert len(list(Path("runs/judges").iterdir())) == 6
 
 
 def test_judge_of_shapes(tmp_path, monkeypatch):
@@ -1162,6 +1206,41 @@ def test_read_weights_of_shards_and_folders(tmp_path):
     (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(common.UserError, match="index.json: cannot be read as weights"):
         common.read_weights(tmp_path)
+
+
+class Marks:
+    """Whoever unpickles it leaves a mark: what a hostile file could do."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return open, (self.mark, "w")
+
+
+def test_a_checkpoint_whose_loading_would_run_code_is_refused(run, tmp_path):
+    """By every door: --resume, --sample and a judge in the cache. What the file would do is left undone."""
+    run("--steps", 4)
+    path, mark = Path("runs/toy/demo/last.pt"), tmp_path / "mark"
+    torch.save(saved() | {"sums": {"loss": Marks(mark)}}, path)
+    with open(path, "rb") as file:                              # the mark is real: a careless reader leaves it
+        torch.load(file, weights_only=False)["sums"]["loss"].close()
+    assert mark.exists()
+    mark.unlink()
+    for words in (("--resume", "--steps", 8), ("--sample", path)):
+        code, _, err = run(*words)
+        assert code == 2 and is_one_line(err) and "last.pt: not a checkpoint" in err, err
+    assert not mark.exists()
+
+
+def test_a_judge_whose_loading_would_run_code_is_trained_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "tqdm", lambda steps, *_, **__: list(steps)[:3])
+    first = common.judge(Stripes(), "ruler").state_dict()
+    (path,) = Path("runs/judges").iterdir()
+    torch.save({**first, "more": Marks("mark")}, path)
+    assert same_state(common.judge(Stripes(), "ruler").state_dict(), first) and not Path("mark").exists()
+    assert "training it anew" in capsys.readouterr().out
 
 
 def test_what_is_no_weights_is_one_line(tmp_path):
