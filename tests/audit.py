@@ -153,7 +153,7 @@ S8  | activation_rows: rows = [ ; stock: products=False | vit_model: exact_autog
 S9  | activation_rows: rows = [ | vit_model: all/logits odd/logits info_json > test_reference_models
 S10 | activation_rows: ("input of pooler" && ("input of head" | bert_model: all/logits odd/logits info_json > test_reference_models
 S11 | relative_change: ratio = (new - old) | - the selection holds no step of training
-S12 | Scheduler.__init__: self.k = && self.distance = 1e20; Scheduler.measure: self.distance[self.active] = ; choose: order[t - k:] | - the selection holds no step of training
+S12 | Scheduler.__init__: self.k = && self.distance = 1e20; Scheduler.freeze: self.active = choose(; Scheduler.measure: self.distance[self.active] = ; choose: order[t - k:] | - the selection holds no step of training
 S13 | learning_rate: left = && whole = && cfg.lr * (left / whole) | - the selection holds no schedule
 S14 | AdamW.step: m = state["m"] && v = state["v"] && size = && p.addcdiv_( && p.mul_( | - the selection holds no step of training
 """,
@@ -164,7 +164,7 @@ G3  | partition: price = load && best = options.min(0) | - the paper has no algo
 G4  | scatter: tensor_split( | transparency: n10_loss n10_grad/0.weight > test_golden_transparency
 G5  | Pipeline.do_forward: y = self.run_stage( | transparency: logits > test_golden_transparency
 G6  | Pipeline.do_loss: value = batch.loss_fn(y); loss: F.cross_entropy( | transparency: loss n10_loss n10_WRONG_unweighted_loss > test_golden_transparency
-G7  | Pipeline.do_backward: torch.autograd.backward( | transparency: grad_x grad/0.weight > test_golden_transparency
+G7  | Pipeline.do_backward: torch.autograd.backward( ; schedule: in reversed(forward) | transparency: grad_x grad/0.weight > test_golden_transparency
 G8  | Pipeline.do_backward: torch.autograd.backward( ; Pipeline.step: batch = self.run( | transparency: grad/0.weight traj_rmsprop_losses > test_golden_trajectories
 G9  | Pipeline.do_forward: batch.stash[m, k] = ; Pipeline.do_backward: batch.stash.pop( && batch.interior.pop( ; footprint: interiors = | - memory: no array holds it, the tests count what is alive
 G10 | bubble: (K - 1) / (M + K - 1) | - a count of idle units, which the tests take from the schedule
