@@ -216,6 +216,7 @@ class Watch:
 
     def __init__(self, file, names):
         self.calls = {name: {} for name in names}
+        self.compared = set()                                           # (function, test)
         self.outcomes = {}
         self.reasons = {}
         self.test = ""
@@ -268,6 +269,7 @@ class Watch:
                 if not told and owner and not isinstance(mine, nn.Module):
                     told = difference(vars(args[0]), vars(mine), "self")
                 self.calls[name][self.test] = seen or told
+                self.compared.add((name, self.test))
             return found
 
         setattr(holder, short, staticmethod(both) if static else both)
@@ -314,8 +316,8 @@ def verdict(watch, name, tests):
     ran = [test for test in ran if tests[test] == min(map(tests.get, ran))]
     failed = [test for test in ran if watch.outcomes[test] == "failed"]
     differs = {test: told for test, told in watch.calls[name].items() if told}
-    # A test may fail for another function's sake: then this one agrees with the solution in all its calls.
-    guilty = [test for test in failed if differs or test not in watch.calls[name]]
+    # A test may fail for another function's sake: then this one agrees with the solution wherever both were called.
+    guilty = [test for test in failed if differs or (name, test) not in watch.compared]
     if guilty:
         return "wrong", f"{guilty[0]}: {watch.reasons.get(guilty[0], '')}"[:150]
     return ("right", "") if ran else ("untried", "all its tests are skipped here")
