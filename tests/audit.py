@@ -31,7 +31,7 @@ MOST = 6                                    # tests of one label that a table na
 
 TRAIL = {
     "arflow": """
-A1  | data.Data.latents: torch.exp(logvar && scale * z; draw: dataset.latents( | - no case draws latents: the authors' encoder is another project
+A1  | data.Data.latents: torch.exp(logvar && device=device) * z; draw: dataset.latents( | - no case draws latents: the authors' encoder is another project
 A2  | draw: .sort(1) | - a law of random numbers, which no array can pin
 A3  | draw: shard_noise( | - a law of random numbers, which no array can pin
 A4  | interpolate: t * x1 + (1 - t) * x0 | - the cases hold the network alone, not its training
@@ -55,7 +55,7 @@ A21 | sample: drift = && (2 * (1 - t) * dt) ** 0.5 * noise && (1 - LAST_TIME) * 
 A22 | guided_velocity: guided = v_none && v_y[:, cfg_channels:] | - the cases hold the network alone, not the sampler
 """,
     "flextok": """
-F1  | data.Data.latents: torch.exp(logvar && scale * z; draw_images: dataset.latents( | - every case starts from latents
+F1  | data.Data.latents: torch.exp(logvar && device=device) * z; read_images: dataset.latents( | - every case starts from latents
 F2  | patchify: x.permute( | encoder_small: z tokens > test_official_encoder
 F3  | sincos_pos_embed: frequency = && wave = && torch.cat([wave.repeat_interleave | posemb: sincos_4x4_d64 sincos_8x8_d32 > test_official_position_table
 F4  | Encoder.forward: patches = && h = torch.cat([patches, registers], 1) | encoder_small: z tokens > test_official_encoder
@@ -121,7 +121,7 @@ V6  | Block.forward: x + self.attention( && x + self.mlp( | ae_image_rope1d: mea
 V7  | Block.mlp: self.act(self.gate(x)) * self.up(x); Block.__init__: hidden = | ae_image_rope1d: mean_silu recon_mode_silu > test_official_auto_encoder
 V8  | rope_angles: rates = && positions[:, axis, None] * rates; rotate: torch.stack( | ae_image_rope1d: mean recon_mode > test_official_auto_encoder
 V9  | Encoder.forward: torch.cat((queries, x), 1) && x[:, :self.sizes.M]; Decoder.forward: torch.cat((self.from_code(z), masks), 1); sincos_pos_embed: rates = | - the selection holds no latent variant
-V10 | Decoder.forward: kept = && torch.where(kept; draw: length = | - the selection holds no masked variant
+V10 | Decoder.forward: kept = && torch.where(kept; draw: draws["length"] = | - the selection holds no masked variant
 V11 | reconstruction_losses: cfg.kl * losses["kl"] && cfg.perceptual * losses["lpips"]; loss_decoder: value + weight * losses["gan"] | - the selection holds no step of training
 V12 | kl_term: kl = 0.5 && kl.mean((1, 2)) | ae_image_rope1d: kl > test_official_auto_encoder
 V13 | lpips: ((f - g).square() * head; unit_vectors: x / ( | - LPIPS is another project, whose weights are no part of this one
@@ -156,6 +156,7 @@ S11 | relative_change: ratio = (new - old) | - the selection holds no step of tr
 S12 | Scheduler.__init__: self.k = && self.distance = 1e20; Scheduler.freeze: self.active = choose(; Scheduler.measure: self.distance[self.active] = ; choose: order[t - k:] | - the selection holds no step of training
 S13 | learning_rate: left = && whole = && cfg.lr * (left / whole) | - the selection holds no schedule
 S14 | AdamW.step: m = state["m"] && v = state["v"] && size = && p.addcdiv_( && p.mul_( | - the selection holds no step of training
+S15 | candidates: passage = && start[i] + end[j] && start[0] + end[0] | - a procedure of the task, SQuAD, not of the paper
 """,
     "gpipe": """
 G1  | Pipeline.run_stage: y = self.run_layer( ; Pipeline.__init__: self.stages = | transparency: logits > test_golden_transparency
