@@ -43,7 +43,7 @@ FAULTS = {
         ("sample", "(1 - LAST_TIME) * drift", "dt * drift", "A21: the last step is as long as the others", "sampler or time_grid"),
         ("sample", 'if context == "reset"', 'if context == "carry"', "the two contexts are exchanged", "context or time_grid"),
         ("sample", "if i < num_steps - 1", "if i < num_steps", "A21: the last step draws noise, too", "sampler or time_grid"),
-        ("sample_blocks", "make_generator(cfg.seed, start,", "make_generator(cfg.seed, 0,", "every block of 100 samples has the same noise", "export"),
+        ("sample_blocks", "make_generator(cfg.seed, first,", "make_generator(cfg.seed, 0,", "every block of 100 samples has the same noise", "export or block"),
         ("sample_blocks", 'cfg.context if cfg.images > 1 else "reset"', "cfg.context", "n = 1 reads a state it never learnt to read", "context or option"),
         ("draw", ".sort(1).values", "", "A2: the images are not in the order of their noise", "times_are or step_by_hand or loop"),
         ("draw", "(torch.rand(B, n, generator=cpu_generator) < 0.5)", "(torch.rand(B, 1, generator=cpu_generator) < 0.5).expand(B, n)", "one flip for a whole sequence", "flips"),
@@ -57,7 +57,7 @@ FAULTS = {
         ("train", "preview(run, step, ema,", "preview(run, step, model,", "pictures on the way show the raw weights", "pictures"),
         ("train", "finish(run, start, ema,", "finish(run, start, model,", "the pictures and the figure are of the raw weights", "pictures or target or end"),
         ("sample_checkpoint", 'common.load_into({"ema": ema}, saved, cfg.sample)', 'ema.load_state_dict(saved["state"]["model"])', "--sample draws from the raw weights", "sample"),
-        ("finish", 'ruler, open_split(cfg, "test",', 'ruler, open_split(cfg, "train",', "the distance is to training images", "end or figure or target"),
+        ("finish", 'test = open_split(cfg, "test",', 'test = open_split(cfg, "train",', "the distance is to training images", "end or figure or target"),
     ],
     "common": [
         ("read_checkpoint", "map_location=device, weights_only=True", "map_location=device, weights_only=False", "a checkpoint may run code", "checkpoint or files or hostile"),
