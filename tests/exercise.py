@@ -340,6 +340,7 @@ def check(file, names, show_solution=False):
     failed = [test for test in chosen if watch.outcomes.get(test) == "failed"]
     if failed:
         watch.comparing = True
+        sys.modules.pop(f"tests.test_{file}", None)                     # collected anew: its parameters may be generators
         pytest.main([*(f"{path}::{test}" for test in failed), *options], plugins=[watch])
     right = count = differ = 0
     by_label = tests_by_label(file)
