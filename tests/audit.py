@@ -108,7 +108,7 @@ D15 | loss_disc: hinge = && lecam = && consistency = && weight * (hinge; disc_lo
 D16 | loss_ar: given = && target = torch.where( && F.cross_entropy( | 10_ar_small_g4: teacher_forced_loss > test_official_ar_logits_loss_and_tables
 D17 | spans: yield i, i + 1 && yield i, i + g | 10_ar_small_g4: seqlens_cfg1.5_gradual0 argmax_cfg1.5_gradual0 > test_official_ar_generation
 D18 | generate: logits = null +; guidance: cfg.cfg_scale * ( | 10_ar_small_g4: argmax_cfg3.0_gradual0 argmax_cfg3.0_gradual1 > test_official_ar_generation
-D19 | draw_ar: data.uniform( | - a law of random numbers, which no array can pin
+D19 | draw_noise: data.uniform( | - a law of random numbers, which no array can pin
 D20 | schedule: low + (1 - low) * && end + (1 - end); learning_rate: cfg.lr * cfg.batch / 256; learning_rate_ar: low=0.005 | - the selection holds no schedule
 """,
     "vitok": """
@@ -171,7 +171,7 @@ G9  | Pipeline.do_forward: batch.stash[m, k] = ; Pipeline.do_backward: batch.sta
 G10 | bubble: (K - 1) / (M + K - 1) | - a count of idle units, which the tests take from the schedule
 G11 | BatchNorm.commit: var = && self.running_mean += && self.running_var += | batchnorm_pipeline: M4_defer1_always/1.running_mean M4_defer1_except_last/1.running_var > test_golden_batch_norm
 G12 | speed_up: M * sum(loads) | - derived here; the tests hold it against the schedule's makespan
-G13 | draw: weight = n[ | - a law of random numbers, which no array can pin
+G13 | pair_weights: n[dataset.direction] ** | - a law of random numbers, which no array can pin
 G14 | transformer: nn.init.normal_( | - a law of random numbers, which no array can pin
 G15 | Logits.forward: logits.clamp( | - the paper gives no value, and the authors' network is no case
 """,
