@@ -69,7 +69,7 @@ class Config:
     dropout: float = 0.0                    # in [0, 1): behind a sub-layer; AmoebaNet: before the classifier
     scaled: bool = True                     # feed-forward initialisation divided by the number of layers
     clip: float = 20.0                      # >= 0: training clips logits to +-clip (paper: no value); 0: not
-    temperature: float = 1.43               # > 0: T; a language pair of n sentences is drawn ~ n^(1/T)
+    temperature: float = 1.43               # >= 0.05: T; a language pair of n sentences is drawn ~ n^(1/T)
     stages: int = 0                         # >= 0 and <= 9999: K; 0: as many as --devices or --gpus
     micro: int = 8                          # >= 1: M (paper: at least 4 K)
     checkpoint: Literal["always", "except_last", "never"] = "except_last"    # recomputed (lingvo: always)
@@ -506,7 +506,8 @@ def loss(output, target, total, smoothing=0.1):
     would weigh uneven micro-batches wrongly (G6). Smoothing is the AmoebaNet paper's, in translation our
     choice. The plain form, which the pipeline must equal: loss(model(inputs), target, total).backward().
     """
-    logits = output.flatten(0, -2).float()                                                      # (B*N, V)
+    logits = output.flatten(0, -2)                                                              # (B*N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                        # (B*N, V)
     target = target.flatten()                                                                      # (B*N)
     return F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing) / total        # ()
 

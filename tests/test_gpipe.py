@@ -3,11 +3,13 @@
 import copy
 import hashlib
 import itertools
+import json
 import random
 import re
 import threading
 from collections import Counter
 from concurrent.futures import CancelledError
+from pathlib import Path
 
 import common
 import gpipe
@@ -829,7 +831,8 @@ def test_loss_counts_targets():
     logp = logits.log_softmax(-1).flatten(0, 1)[valid]
     nll = -logp.gather(1, target.flatten()[valid, None]).squeeze(1)
     expected = (0.9 * nll - 0.1 * logp.mean(1)).mean()
-    assert abs(gpipe.loss(logits, target, int(valid.sum())) - expected) <= 1e-6
+    assert abs(gpipe.loss(logits, target, int(valid.sum())) - expected) <= 1e-12
+    assert gpipe.loss(logits.bfloat16(), target, 3.0).dtype == torch.float32
 
 
 def test_profile_agrees_with_real_bytes():
@@ -876,6 +879,191 @@ def test_learning_rate():
     assert gpipe.learning_rate(cfg, 39) == pytest.approx(0.5)
     assert gpipe.learning_rate(config(lr=1.0, decay=100, steps=1000), 200) == pytest.approx(0.97 ** 2)
     assert gpipe.learning_rate(config(lr=1.0, cooldown=0.5, steps=100), 75) == pytest.approx(0.02 + 0.98 * 0.5)
+
+
+# --- Training by value ----------------------------------------------------------
+
+@pytest.fixture
+def float64(tmp_path, monkeypatch):
+    """Weights, draws and pixels in float64, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    pixels = gpipe.data.Data.pixels
+    monkeypatch.setattr(gpipe.data.Data, "pixels", lambda *args: pixels(*args).double())
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def in_pieces(model, inputs, step, monkeypatch):
+    """The model's output in training, layer by layer and in micro-batches of 3, 3 and 2 of 8 samples; dropped out here."""
+    def drop(x, p, training):
+        assert training
+        return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator) / (1 - p)
+
+    outputs = []
+    with monkeypatch.context() as patch:
+        patch.setattr(gpipe, "stage_dropout", drop)
+        for m, rows in enumerate((slice(0, 3), slice(3, 6), slice(6, 8))):
+            x = tuple(part[rows] for part in inputs) if isinstance(inputs, tuple) else inputs[rows]
+            for i, layer in enumerate(model):
+                generator = common.make_generator(0, step, f"layer {i} micro-batch {m}")
+                x = layer(x)
+            outputs.append(x)
+    return torch.cat(outputs)
+
+
+def smoothed(logits, target):
+    """Cross-entropy of one-hot targets, a tenth of which is spread evenly over all V."""
+    wanted = 0.9 * F.one_hot(target, logits.shape[-1]) + 0.1 / logits.shape[-1]
+    return -(wanted * logits.log_softmax(-1)).sum(-1)
+
+
+def trained(words):
+    """(fresh model, its data, saved checkpoint, losses in the log) of a run of 8 steps."""
+    words = ["--steps", "8", "--batch", "8", "--micro", "3", "--log", "1", "--stages", "2", "--cooldown", "0.5", *words.split()]
+    cfg = common.cli(gpipe.Config, gpipe.PRESETS, gpipe.__doc__, words)
+    pairs = gpipe.open_split(cfg, "train")
+    torch.manual_seed(common.make_generator(0, 0, "weights").initial_seed())
+    model = gpipe.build(cfg, gpipe.count_classes(cfg, pairs))
+    command(words)
+    lines = [json.loads(line) for line in Path("runs/gpipe/demo/log.jsonl").read_text().splitlines()]
+    return model, pairs, common.read_checkpoint("runs/gpipe/demo/last.pt", "gpipe"), [line["loss"] for line in lines]
+
+
+def test_translation_trains_by_value(float64, monkeypatch, capsys):
+    """8 steps: drawn by G13, dropped out, clipped (G15), smoothed, averaged over tokens, Adam; up, down, down to 2 %."""
+    model, pairs, saved, logged = trained("--data numbers:30 --layers 1 --width 16 --hidden 24 --heads 1 --dropout 0.2 "
+                                          "--clip 1 --warmup 3 --lr 0.01")
+    opt = torch.optim.Adam(model.parameters(), betas=(0.9, 0.997), eps=1e-9)
+    n, losses, clipped = Counter(pairs.direction.tolist()), [], 0
+    chance = torch.tensor([n[d] ** (1 / 1.43) / n[d] for d in pairs.direction.tolist()])
+    for step in range(8):
+        rows = torch.multinomial(chance, 8, True, generator=common.make_generator(0, step, "data"))
+        source, ids = torch.tensor(pairs.source)[rows], torch.tensor(pairs.target)[rows]
+        logits = in_pieces(model, (source, ids[:, :-1]), step, monkeypatch)
+        losses.append(smoothed(logits, ids[:, 1:])[ids[:, 1:] != 0].mean())
+        clipped += (logits.abs() == 1).sum()
+        opt.param_groups[0]["lr"] = 0.01 * min((step + 1) / 3, ((step + 1) / 3) ** -0.5, 0.02 + 0.98 * (8 - step) / 4)
+        opt.zero_grad()
+        losses[-1].backward()
+        opt.step()
+    assert logged == pytest.approx([value.item() for value in losses], abs=1e-9) and clipped > 100
+    assert saved["step"] == 8 and apart(saved["state"]["model"], {name: p.detach() for name, p in model.named_parameters()}) <= 1e-9
+    moments = [(slot["exp_avg"], opt.state[p]["exp_avg"]) for slot, p in zip(saved["state"]["opt"]["state"].values(), model.parameters())]
+    assert max((a - b).abs().max() for a, b in moments) <= 1e-9
+    answers_by_value(model, capsys.readouterr().out)
+
+
+def answers_by_value(model, printed):
+    """predictions.txt: of every test sentence the likeliest word after word, up to <end> or as many as the longest has."""
+    test, model = gpipe.data.translation_pairs("test", tests=10, limit=30), model.eval()
+    found = torch.ones(len(test), 1, dtype=torch.long)
+    with torch.no_grad():
+        for _ in range(test.target.shape[1]):
+            found = torch.cat([found, model((torch.tensor(test.source), found))[:, -1:].argmax(-1)], 1)
+    text, right = [], {}
+    for ids, wanted, d in zip(found, test.target, test.direction):
+        said, wanted = test.vocabulary.decode(ids), test.vocabulary.decode(wanted)
+        text.append(f"to {test.directions[d][1]}: {said}" + (f" (wrong: {wanted})" if said != wanted else ""))
+        for group in ("all", f"to {test.directions[d][1]}"):
+            right.setdefault(group, []).append(said == wanted)
+    assert Path("runs/gpipe/demo/predictions.txt").read_text() == "\n".join(text)
+    assert ", ".join(f"{group} {np.mean(hits):.3f}" for group, hits in sorted(right.items())) in printed
+
+
+def test_images_train_by_value(float64, monkeypatch):
+    """8 steps: mirrored, dropped out, smoothed, RMSProp with decay of weights; the rate falls by 3 % in 2 steps, then to 2 %.
+
+    Running averages (G11) from what entered every BatchNorm.
+    """
+    monkeypatch.setattr(gpipe, "answer", lambda *_: 0.0)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    np.savez("d.npz", images=pixels, labels=np.arange(40) % 4, class_names=list("abcd"))
+    model, images, saved, logged = trained("--model amoebanet-d --data npz:d.npz --size 8 --layers 3 --width 4 --dropout 0.5 "
+                                           "--warmup 0 --decay 2 --lr 0.02 --bn_momentum 0.3 --checkpoint always")
+    opt, losses, seen, mirrored = torch.optim.RMSprop(model.parameters(), alpha=0.9, eps=0.1, weight_decay=4e-5), [], {}, 0
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    averages = {name: torch.stack([torch.zeros(norm.num_features), torch.ones(norm.num_features)]) for name, norm in norms.items()}
+    for name, norm in norms.items():
+        norm.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()))
+    for step in range(8):
+        g = common.make_generator(0, step, "data")
+        rows, flip = torch.randint(len(images), (8,), generator=g), torch.rand(8, generator=g) < 0.5
+        x = (torch.tensor(images.images[rows.numpy()]).float() / 127.5 - 1).double()
+        x[flip] = x[flip].flip(-1)
+        mirrored += int(flip.sum())
+        losses.append(smoothed(in_pieces(model, x, step, monkeypatch), torch.tensor(images.labels)[rows]).mean())
+        opt.param_groups[0]["lr"] = 0.02 * min(0.97 ** (step / 2), 0.02 + 0.98 * (8 - step) / 4)
+        opt.zero_grad()
+        losses[-1].backward()
+        opt.step()
+        for name, pieces in seen.items():
+            x = torch.cat(pieces)
+            now = torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)])
+            averages[name] = 0.7 * averages[name] + 0.3 * now
+        seen.clear()
+    assert logged == pytest.approx([value.item() for value in losses], abs=1e-9) and 16 < mirrored < 48
+    assert apart({name: p.detach() for name, p in model.named_parameters()}, saved["state"]["model"]) <= 1e-9
+    for name, (mean, var) in averages.items():
+        assert (saved["state"]["model"][f"{name}.running_mean"] - mean).abs().max() <= 1e-9, name
+        assert (saved["state"]["model"][f"{name}.running_var"] - var).abs().max() <= 1e-9, name
+    assert saved["classes"] == [str(name) for name in images.classes]
+
+
+def as_replica(rank, monkeypatch, sums=None):
+    """This process as one of two replicas. sums: what the other one has sent; without it, a list of what this one sends."""
+    sent, sums = [], iter(sums) if sums else None
+    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common, "average", lambda x: sent.append(x.clone()) or ((x + next(sums)) / 2 if sums else x))
+    return sent
+
+
+def test_replicas_are_halves_of_one_mini_batch(float64, monkeypatch):
+    """Each has dropout of its own, that of its micro-batches in one process; running averages are of both (G11).
+
+    Each draws its share of the samples of one process, and its loss counts the tokens of both.
+    """
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Drop(), gpipe.BatchNorm(4), Drop())
+    x = torch.randn(8, 3, 2, 2)
+    whole = copy.deepcopy(model)
+    expected = gpipe.Pipeline(whole, [2, 2], CPU, 4, "always").step(x, torch.sum, 3)[1]
+    cfg = config(data="numbers:30", batch=8)
+    pairs = gpipe.open_split(cfg, "train")
+    weights = gpipe.pair_weights(pairs, cfg)
+    samples = gpipe.draw(pairs, weights, cfg, 5)
+    outputs, halves, sent = [], [], None
+    for rank in (1, 0):
+        with monkeypatch.context() as patch:
+            sent = as_replica(rank, patch, sent)
+            copied = copy.deepcopy(model)
+            outputs.insert(0, gpipe.Pipeline(copied, [2, 2], CPU, 2, "always").step(x[4 * rank:][:4], torch.sum, 3)[1])
+            halves.insert(0, gpipe.draw(pairs, weights, cfg, 5))
+    assert torch.equal(torch.cat(outputs), expected) and not torch.equal(outputs[0] == 0, outputs[1] == 0)
+    assert apart(dict(copied.named_buffers()), dict(whole.named_buffers())) <= 1e-12
+    assert torch.equal(torch.cat([half.target for half in halves]), samples.target)
+    for i in (0, 1):
+        assert torch.equal(torch.cat([half.inputs[i] for half in halves]), samples.inputs[i])
+    assert halves[0].total == halves[1].total == samples.total / 2 == (samples.target != -100).sum() / 2
+
+
+def test_dropout_by_value():
+    """Ones become 0 or 1 / (1 - p); masks differ by seed, step, layer and micro-batch; evaluation drops nothing."""
+    class Rare(Drop):
+        def forward(self, x):
+            return gpipe.stage_dropout(x, 0.2, self.training)
+
+    masks = []
+    for seed, step in ((0, 0), (0, 1), (1, 0)):
+        pipe = gpipe.Pipeline(nn.Sequential(Rare(), Returns(lambda x: x)), [1, 1], CPU, 2, "always", seed)
+        out = pipe.step(torch.ones(8, 500, dtype=torch.float64), torch.sum, step)[1]
+        assert set(out.unique().tolist()) == {0.0, 1 / 0.8} and 0.78 < (out > 0).double().mean() < 0.82
+        masks += [out[:4] > 0, out[4:] > 0]
+        assert torch.equal(pipe.infer(out), out)
+    pipe = gpipe.Pipeline(nn.Sequential(Rare(), Rare()), [2], CPU, 1)
+    twice = pipe.step(torch.ones(4, 500), torch.sum)[1]
+    assert (twice > 1.5).double().mean() == pytest.approx(0.64, abs=0.05)
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
 # --- Bad input -----------------------------------------------------------------
@@ -1035,7 +1223,7 @@ def command(words):
     "--stages 9", "--micro 0", "--balance 3,2", "--balance 3,2,0 --stages 3", "--balance best", "--data shapes",
     "--model lm", "--devices cuda:7,cuda:7", "--devices cpu --stages 3", "--devices ,", "--devices cpu,,cpu", "--stages 10000000000", "--heads 900000000000000000",
     "--plan --batch 1000000000000000000000000", "--model amoebanet-d --data shapes --layers 4",
-    "--width 33", "--dropout 1", "--data numbers:x", "--temperature 0", "--stages -1", "--clip -1",
+    "--width 33", "--dropout 1", "--data numbers:x", "--temperature 0", "--temperature 1e-18", "--stages -1", "--clip -1",
     "--clip nan", "--clip inf", "--cooldown nan", "--cooldown 2", "--decay -1", "--warmup -1", "--bn_momentum nan", "--emulate -1",
     "--emulate nan", "--classes -1", "--data numbers:20000", "--data numbers:0", "--data numbers:²", "--data numbers:1",
     "--data numbersx30", "--data tsv:", "--model amoebanet-d --layers 3 --data latents:/none", "--data latents:/none", "--data numbers:3", "--plan --balance time", "--data tsv:/none", "--classes 7"])
