@@ -1602,6 +1602,25 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     again.zero_grad()
 
 
+def test_muon_of_stacked_matrices_is_torchs():
+    """Wide, tall and square matrices, one without a gradient: the weights of torch's own Muon, a matrix at a time."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in [(4, 6), (6, 4), (5, 5), (4, 6), (5, 5), (3, 2)]]
+    options = dict(lr=0.1, weight_decay=0.5, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    results = []
+    for kind in (torch.optim.Muon, common.Muon):
+        matrices = [nn.Parameter(value.clone()) for value in start]
+        opt = kind(matrices, **options)
+        for step in range(4):
+            for i, p in enumerate(matrices[:-1]):
+                p.grad = torch.linspace(-1, 2 + step, p.numel()).view_as(p).sin() * (1 + i)
+            opt.step()
+        results.append(matrices)
+    for theirs, ours in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)
+    assert torch.equal(results[1][-1], start[-1]) and (results[1][0] - start[0]).abs().max() > 0.1
+
+
 def test_gradients_in_buckets(toy):
     """Two processes, buckets of every size, parameters of two types, one unused: the mean, in every case."""
     Path("buckets.py").write_text("""
