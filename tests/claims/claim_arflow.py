@@ -320,7 +320,7 @@ def sequences(scale):
 
 def inner_only(q, k, v, log_decay, S, query_decay=True):
     """Softmax inside each image, nothing across."""
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0), S
+    return arflow.softmax_attention(q, k, v, scale=1.0), S
 
 
 def inner_linear(q, k, v, log_decay, S, query_decay=True):
@@ -337,7 +337,7 @@ def inner_linear(q, k, v, log_decay, S, query_decay=True):
 def no_inner(q, k, v, log_decay, S, query_decay=True):
     """The state alone: an image does not look at itself."""
     out, S = arflow_hybrid(q, k, v, log_decay, S, query_decay)
-    return out - F.scaled_dot_product_attention(q, k, v, scale=1.0), S
+    return out - arflow.softmax_attention(q, k, v, scale=1.0), S
 
 
 arflow_hybrid = arflow.hybrid
