@@ -623,11 +623,13 @@ class Scheduler:
         tensors = list(self.tensors.values())
         generator = common.make_generator(cfg.seed, step, "policy")
         self.active = choose(cfg.policy, self.distance, self.k, step, cfg.steps, generator).tolist()
-        for i, tensor in enumerate(tensors):
-            tensor.requires_grad_(i in self.active)
+        trains = torch.zeros(len(tensors), dtype=torch.bool)
+        trains[self.active] = True
+        for tensor, on in zip(tensors, trains.tolist()):
+            tensor.requires_grad_(on)
         if cfg.policy == "ils":
             self.old = [tensors[i].detach().clone() for i in self.active]
-        self.history.append(torch.tensor([tensor.requires_grad for tensor in tensors]))
+        self.history.append(trains)
 
     def measure(self):
         """After the update: new distances of the active tensors, under ils, which alone has copies."""
@@ -687,18 +689,26 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             lr = group["lr"]
             b1, b2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            params = [p for p in group["params"] if p.grad is not None]
+            sizes = []
+            for p in params:
                 state = self.state[p]
                 if not state:
                     state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state["step"] += 1
-                m = state["m"].lerp_(p.grad, 1 - b1)
-                v = state["v"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-                size = lr * math.sqrt(1 - b2 ** state["step"]) / (1 - b1 ** state["step"])
-                p.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-size)
-                p.mul_(1 - lr * group["weight_decay"])
+                sizes.append(-lr * math.sqrt(1 - b2 ** state["step"]) / (1 - b1 ** state["step"]))
+            if not params:
+                continue
+            grads = [p.grad for p in params]
+            m = [self.state[p]["m"] for p in params]
+            v = [self.state[p]["v"] for p in params]
+            torch._foreach_lerp_(m, grads, 1 - b1)
+            torch._foreach_mul_(v, b2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - b2)
+            root = torch._foreach_sqrt(v)
+            torch._foreach_add_(root, group["eps"])
+            torch._foreach_addcdiv_(params, m, root, sizes)
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
 
 
 def optimizer(model, cfg):
