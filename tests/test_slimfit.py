@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import common
@@ -1484,31 +1485,188 @@ def test_official_checkpoint_becomes_ours(family, tmp_path):
     assert torch.equal(model(*sample(cfg)[0]), other(*sample(cfg)[0]))
 
 
-def test_the_loop_itself(tmp_path, monkeypatch):
-    """In finetune: a frozen tensor does not move, and every variant steps with its own learning rate, scaled."""
+# --- Training, by value ------------------------------------------------------------
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def dropout_by_hand(x, p, training):
+    """What survives is divided by 1 - p."""
+    return x * torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p) / (1 - p) if training and p > 0 else x
+
+
+def train_by_hand(model, fetch, count, steps, seed, rate, lr, decayed, spared=(), parts=1):
+    """SlimFit's loop: parameters, distances, moments, who trained. fetch(rows) -> batch; lr(step); decayed(name) -> decay."""
+    own = dict(model.named_parameters())
+    may = [n for n, p in own.items() if (p.ndim > 1 or re.search(r"(norm.?\.weight|scale.)$", n)) and n not in spared]
+    start = torch.rand(len(may), generator=common.make_generator(seed, 0, "start"), dtype=torch.float64)
+    D, m, v, s, history = {n: 1e20 * u for n, u in zip(may, start.tolist())}, {}, {}, dict.fromkeys(own, 0), []
+    order = [i for epoch in range(9) for i in torch.randperm(count, generator=common.make_generator(seed, epoch, "data")).tolist()]
+    for step in range(steps):
+        frozen = sorted(may, key=D.get)[:int(rate * len(may))]
+        history.append([n not in frozen for n in may])
+        for n, p in own.items():
+            p.requires_grad_(n not in frozen)
+            p.grad = None
+        torch.manual_seed(common.make_generator(seed, step, "dropout 0").initial_seed())
+        rows = np.array(order[4 * step:4 * step + 4])
+        sum(slimfit.loss(model, fetch(part)) / parts for part in np.split(rows, parts)).backward()
+        for n, p in own.items():
+            if p.grad is not None:
+                s[n], old = s[n] + 1, p.detach().clone()
+                m[n], v[n] = 0.9 * m.get(n, 0) + 0.1 * p.grad, 0.999 * v.get(n, 0) + 0.001 * p.grad ** 2
+                p.data -= lr(step) * math.sqrt(1 - 0.999 ** s[n]) / (1 - 0.9 ** s[n]) * m[n] / (v[n].sqrt() + 1e-6)
+                p.data -= lr(step) * decayed(n) * p.data
+                D[n] = ((p.detach() - old) / old).abs().mean().item()             # after the update, not before it
+    return own, [D[n] for n in may], m, v, s, history
+
+
+def check_by_hand(path, oracle, scheduled=True):
+    """A checkpoint holds what the loop by hand ends with."""
+    own, distances, m, v, s, history = oracle
+    state = torch.load(path, weights_only=True)["state"]
+    assert all(torch.allclose(state["model"][n], p, rtol=0, atol=1e-9) for n, p in own.items())
+    if scheduled:
+        assert state["scheduler"]["history"].tolist() == history
+        assert np.allclose(state["scheduler"]["distance"], distances, rtol=1e-7)
+    assert state["scheduler"]["history"].all() or scheduled
+    moments = sorted((entry["step"], *(entry[key].abs().sum().item() for key in "mv")) for entry in state["opt"]["state"].values())
+    by_hand = sorted((s[n], m[n].abs().sum().item(), v[n].abs().sum().item()) for n in m)
+    assert np.allclose(moments, by_hand, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("words, decay", [((), lambda n: 0.03 if n.endswith("weight") and "norm" not in n else 0),
+                                          (("--decay_all",), lambda n: 0.03)])
+def test_finetuning_a_bert_by_value(words, decay, tmp_path, monkeypatch, float64):
+    """Linear schedule, dropout, decay, a head that may be frozen; 14 steps of 4 of 12 texts: four epochs and a bit."""
     monkeypatch.chdir(tmp_path)
-    freeze_first, measure_first, step_first, frozen, rates = (
-        slimfit.Scheduler.freeze, slimfit.Scheduler.measure, slimfit.AdamW.step, [], [])
+    given = glue_folder(tmp_path)
+    command(*given, "--steps", "14", "--lr", "0.01", "--rate", "0.6", "--decay", "0.03", "--seed", "3", "--log", "5", *words)
+    cfg = slimfit.Config(**torch.load("runs/slimfit/mrpc/last.pt", weights_only=True)["config"])
+    assert cfg.dropout == cfg.attention_dropout == 0.1
+    monkeypatch.setattr(slimfit, "dropout", dropout_by_hand)
+    dataset = slimfit.open_split(cfg, "train")
+    torch.manual_seed(common.make_generator(3, 0, "weights").initial_seed())
+    model = slimfit.build_model(cfg).train()
+    slimfit.load_weights(model, slimfit.read_pretrained(cfg.weights), "x")
 
-    def freeze_and_copy(self, step):
-        freeze_first(self, step)
-        self.before = [(p, p.detach().clone()) for p in self.tensors.values() if not p.requires_grad]
+    def fetch(rows):
+        return [torch.tensor(dataset.tokens[rows, kind]) for kind in range(3)], torch.tensor(dataset.labels[rows])
 
-    def measure_and_compare(self):
-        measure_first(self)
-        frozen.extend(torch.equal(p, before) for p, before in self.before)
+    oracle = train_by_hand(model, fetch, 12, 14, 3, 0.6, lambda step: 0.01 * (15 - step) / 15, decay)
+    assert len({tuple(row) for row in oracle[-1]}) > 4        # the schedule moves
+    check_by_hand("runs/slimfit/mrpc/last.pt", oracle)
 
-    def step_and_note(self):
-        rates.append(self.param_groups[0]["lr"])
-        step_first(self)
 
-    monkeypatch.setattr(slimfit.Scheduler, "freeze", freeze_and_copy)
-    monkeypatch.setattr(slimfit.Scheduler, "measure", measure_and_compare)
-    monkeypatch.setattr(slimfit.AdamW, "step", step_and_note)
-    command("--image", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "4", "--pretrain", "1",
-            "--compare", "0.6", "--batch", "4", "--lr", "0.01", "--full_lr", "0.002", "--schedule", "stsb")
-    assert len(frozen) > 4 and all(frozen)
-    assert np.allclose(rates, [0.002, *(0.002 * (4 - i) / 4 for i in range(4)), *(0.01 * (4 - i) / 4 for i in range(4))])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_finetuning_a_vit_by_value(parts, tmp_path, monkeypatch, float64):
+    """Pre-training in full on one half of the classes, then two rates on the other, each from there with its own learning rate
+    and a head of its own that is never frozen; with --accumulate in parts of the batch."""
+    monkeypatch.chdir(tmp_path)
+    g = np.random.default_rng(0)
+    images, labels = g.integers(0, 255, (26, 8, 8, 3), np.uint8), np.arange(26) % 5
+    np.savez("some.npz", **{f"{split}_{kind}": x for split in ("train", "test") for kind, x in (("images", images), ("labels", labels))})
+    command("--data", "npz:some.npz", "--classes", "5", "--image", "8", "--width", "8", "--heads", "2", "--depth", "1", "--pretrain", "3",
+            "--compare", "0.4,0.8", "--steps", "9", "--batch", "4", "--lr", "0.02", "--full_lr", "0.005", "--seed", "2", "--scaled",
+            "--accumulate", str(parts), "--pixels", "imagenet", "--log", "4", "--name", "run")
+    saved = torch.load("runs/slimfit/run/full.pt", weights_only=True)
+    cfg = slimfit.Config(**saved["config"])
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    weights = {}
+
+    def tuned(stage, half, steps, rate, lr, variant):
+        places = np.flatnonzero(labels >= 2 if half == 2 else labels < 2)
+        torch.manual_seed(common.make_generator(2, half, "weights").initial_seed())
+        model = slimfit.build_model(variant)
+        for name, value in weights.items():
+            model.get_parameter(name).data.copy_(value)
+
+        def fetch(rows):
+            x = torch.from_numpy(images[places[rows]]).permute(0, 3, 1, 2).float() / 127.5 - 1  # pixels are made in float32
+            return [(((x + 1) / 2 - mean.float()) / deviation.float()).double()], torch.tensor(labels[places[rows]])
+
+        oracle = train_by_hand(model, fetch, len(places), steps, 2, rate, lambda i: lr * (steps - i) / (steps + 1), lambda n: 0,
+                               ("head.weight",) if rate else (), parts)
+        check_by_hand(f"runs/slimfit/run/{stage}.pt", oracle, rate)
+        return {n: p.detach() for n, p in oracle[0].items() if not n.startswith("head")}
+
+    weights = tuned("pretrain", 1, 3, 0, 0.005, slimfit.stock(cfg))
+    tuned("full", 2, 9, 0, 0.005, slimfit.stock(cfg))
+    for rate in (0.4, 0.8):
+        tuned(f"rate-{rate}", 2, 9, rate, 0.02, dataclasses.replace(cfg, rate=rate))
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_accumulate_changes_no_weight(family, tmp_path, monkeypatch, float64):
+    """In 4 parts the same training to rounding, where LayerNorms keep all: which tenth is the largest depends on the part.
+    The account is of a part."""
+    monkeypatch.chdir(tmp_path)
+    words = glue_folder(tmp_path) if family == "bert" else [
+        "--image", "8", "--width", "16", "--depth", "1", "--heads", "2", "--pretrain", "2", "--compare", "0.6"]
+    words += ["--keep", "1", "--dropout", "0", "--attention_dropout", "0", "--steps", "6", "--batch", "8", "--rate", "0.6", "--lr", "1e-3"]
+    for parts in ("1", "4"):
+        command(*words, "--accumulate", parts, "--name", parts)
+    found = []
+    for parts in ("1", "4"):
+        folder = tmp_path / "runs/slimfit" / parts
+        path = folder / ("last.pt" if family == "bert" else "rate-0.6.pt")
+        row = json.loads((folder / "result.json").read_text())[path.stem]
+        found.append((torch.load(path, weights_only=True)["state"], row))
+        logs = [json.loads(line) for line in (folder / f"log{'' if family == 'bert' else '-rate-0.6'}.jsonl").read_text().splitlines()]
+        found[-1] += ([line["loss"] for line in logs],)
+    (one, row_1, loss_1), (four, row_4, loss_4) = found
+    assert all(torch.allclose(one["model"][n], p, rtol=0, atol=1e-9) for n, p in four["model"].items())
+    assert torch.equal(one["scheduler"]["history"], four["scheduler"]["history"]) and np.allclose(loss_1, loss_4, rtol=1e-9)
+    cfg = slimfit.Config(**torch.load(path, weights_only=True)["config"])
+    with torch.device("meta"):
+        model = slimfit.build_model(cfg)
+    for row, B in ((row_1, 8), (row_4, 2)):
+        account = slimfit.memory_account(model, dataclasses.replace(cfg, rate=0.6), B, slimfit_active(model, cfg, one))
+        assert all(row[kind] == account[kind] for kind in account)
+
+
+def slimfit_active(model, cfg, state):
+    """Names that trained at the last step of a checkpoint."""
+    may = list(slimfit.eligible(model, cfg))
+    frozen = {name for name, on in zip(may, state["scheduler"]["history"][-1].tolist()) if not on}
+    return {name for name, _ in model.named_parameters()} - frozen
+
+
+def test_the_report_is_of_the_model_that_was_trained_and_of_the_test_split(tmp_path, monkeypatch, capsys):
+    """Accuracy counted by hand on the second half of the test classes, without dropout; --sample finds the same."""
+    monkeypatch.chdir(tmp_path)
+    g, arrays = np.random.default_rng(0), {}
+    for split, count in (("train", 100), ("test", 70)):       # the lighter, the higher the class, but not always
+        arrays[f"{split}_labels"] = g.integers(0, 10, count)
+        grey = 20 * arrays[f"{split}_labels"] + g.integers(0, 50, count)
+        arrays[f"{split}_images"] = np.broadcast_to(grey[:, None, None, None], (count, 8, 8, 3)).astype(np.uint8)
+    np.savez("grey.npz", **arrays)
+    command("--data", "npz:grey.npz", "--image", "8", "--width", "16", "--depth", "1", "--heads", "2", "--steps", "25", "--pretrain",
+            "20", "--compare", "0.5", "--batch", "8", "--dropout", "0.1", "--lr", "0.02", "--full_lr", "0.001", "--name", "run")
+    rows = json.loads(Path("runs/slimfit/run/result.json").read_text())
+    test = data.open_data("npz:grey.npz", "test", 0)
+    second = np.flatnonzero(test.labels >= 5)
+    seen = {}
+    for stage, row in rows.items():
+        saved = torch.load(f"runs/slimfit/run/{stage}.pt", weights_only=True)
+        cfg = slimfit.Config(**saved["config"])
+        model = slimfit.build_model(cfg)                      # dropout and compressed, but evaluation is exact
+        model.load_state_dict(saved["state"]["model"])
+        with torch.no_grad():
+            guesses = model.eval()(torch.from_numpy(test.images[second]).float() / 127.5 - 1).argmax(1).numpy()
+        assert math.isclose(row["accuracy"], (guesses == test.labels[second]).mean(), abs_tol=1e-6)
+        seen[stage] = row["accuracy"]
+        assert torch.load(f"runs/slimfit/run/{stage}.pt", weights_only=True)["classes"] == [*"0123456789"]
+    assert len(set(seen.values())) > 1 and seen["rate-0.5"] > 0.3
+    command("--sample", "runs/slimfit/run/rate-0.5.pt")
+    again = json.loads(Path("runs/slimfit/run/samples/test.json").read_text())
+    assert again["accuracy"] == seen["rate-0.5"] and again["confusion"] == [
+        [int(((test.labels[second] == a) & (guesses == b)).sum()) for b in range(10)] for a in range(10)]
+    assert again["weights"] == sum(4 * p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("target, code", [(0.0, 0), (1.1, 1)])
