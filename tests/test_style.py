@@ -30,7 +30,7 @@ CODE_LINES = {                                      # a line a file, so that cha
     "detailflow": 882,
     "flextok": 861,
     "gpipe": 975,
-    "slimfit": 825,
+    "slimfit": 831,
     "vitok": 902,
 }
 BANNERS = ["Configuration", "Building blocks", "Model", "Objective", "Sampling", "Training", "Checks", "Command line"]
