@@ -405,6 +405,7 @@ def test_flow_path_and_times():
     assert typing.get_args(flextok.Config.__annotations__["time"]) == ("mode", "logit-normal", "uniform")
     close(masses[:5], torch.tensor([0.083, 0.091, 0.100, 0.109, 0.115]), 2e-3)
     close(flextok.flow_time(u, "uniform"), 1 - u, 1e-14)
+    close(flextok.flow_time(u, "mode", 8.0), 8 * t / (1 + 7 * t), 1e-14)
     normal = flextok.flow_time((torch.arange(1000) + 0.5) / 1000, "logit-normal")
     assert abs(torch.logit(normal).std().item() - 1) < 0.01
 
@@ -1004,7 +1005,7 @@ def rate_by_hand(step, peak):
 
 stream = common.make_generator
 BY_VALUE = ["--steps", "6", "--repa", "0", "--flip", "--null", "0.5", "--warmup", "0.5", "--ema", "0.9", "--crop", "1.5",
-            "--label_dropout", "0.5", "--shift", "1"]
+            "--label_dropout", "0.5", "--shift", "3"]
 
 
 @pytest.fixture
@@ -1043,6 +1044,7 @@ def tokenizer_by_hand(cfg, train):
         _, u, x = drawn_by_hand(train, step, "tokenizer")
         noise = torch.randn(4, 3, 8, 8, generator=stream(0, step, "tokenizer noise"))
         t = 1 - u[:, 1] - 0.25 * (torch.cos(math.pi / 2 * u[:, 1]) ** 2 - 1 + u[:, 1])
+        t = 3 * t / (1 + 2 * t)
         k = torch.tensor([(1, 2, 4)[int(3 * a)] for a in u[:, 2]])
         point = torch.stack([t[b] * noise[b] + (1 - t[b]) * x[b] for b in range(4)])
         v = model.decoder(point, t, model.fsq(model.encoder(x))[0], k, u[:, 3] < 0.5)[0]
@@ -1069,6 +1071,15 @@ def same_weights(saved, **modules):
             close(saved["state"][part][name], weight, 1e-9)
 
 
+def awake_checkpoint(path):
+    """The checkpoint of a tokenizer, but with averaged weights that give images different ids, which six steps do not."""
+    saved = torch.load(path, weights_only=True)
+    model = awake(flextok.Tokenizer(flextok.Config(**saved["config"])))
+    saved["state"]["ema"] = model.state_dict()
+    torch.save(saved, "awake.pt")
+    return model
+
+
 def test_both_stages_by_value(double):
     """Two hand-written loops end in the weights of the run: F20 to F22, then F29, with every draw in its own place, a k
     and a loss of tokens for every image alone, averages, clipped gradients, and a rate at its first, turning and last step."""
@@ -1076,46 +1087,59 @@ def test_both_stages_by_value(double):
     saved = saved_stages()
     cfg, train = flextok.Config(**saved["tokenizer"]["config"]), data.open_data("shapes", "train", 8, count=200)
     model, tokenizer = tokenizer_by_hand(cfg, train)
+    same_weights(saved["tokenizer"], model=model, ema=tokenizer)
+    same_weights(saved["ar"], tokenizer=tokenizer)
+    tokenizer = awake_checkpoint("runs/flextok/demo/tokenizer.pt")
+    run(*TINY, *BY_VALUE, "--stage", "ar", "--tokenizer", "awake.pt", "--name", "awake")
 
     def ids_of(step):
         _, u, x = drawn_by_hand(train, step, "ar")
         return tokenizer.fsq(tokenizer.encoder(torch.stack([crop_by_hand(*each) for each in zip(x, u[:, 1], u[:, 2])])))[1]
 
+    assert len(torch.cat([ids_of(0), ids_of(1)]).unique(dim=0)) == 8
     gpt, average = gpt_by_hand(cfg, train, ids_of)
-    same_weights(saved["tokenizer"], model=model, ema=tokenizer)
-    same_weights(saved["ar"], model=gpt, ema=average, tokenizer=tokenizer)
+    same_weights(torch.load("runs/flextok/awake/ar.pt", weights_only=True), model=gpt, ema=average, tokenizer=tokenizer)
 
 
 def test_stage_ar_reads_the_tokens_of_crops_that_were_encoded_once(double, monkeypatch):
     """Ten images of two crops each: 20 rows, where six steps draw 24 images. Of each image one crop is drawn afresh."""
     train = data.open_data("shapes", "train", 8, count=10)
     monkeypatch.setattr(flextok, "open_split", lambda cfg, split, count=0: data.open_data("shapes", split, 8, count=10))
-    run(*TINY, *BY_VALUE, "--crops", "2")
-    saved, folder = saved_stages(), Path("runs/flextok/demo")
-    cfg = flextok.Config(**saved["ar"]["config"])
-    tokenizer = flextok.load_tokenizer(cfg, folder / "tokenizer.pt")
+    run(*TINY, *BY_VALUE, "--stage", "tokenizer", "--steps", "2")
+    tokenizer = awake_checkpoint("runs/flextok/demo/tokenizer.pt")
+    words = [*TINY, *BY_VALUE, "--crops", "2", "--stage", "ar", "--name", "awake"]
+    run(*words, "--tokenizer", "awake.pt")
+    folder = Path("runs/flextok/awake")
+    saved = torch.load(folder / "ar.pt", weights_only=True)
     u, images = torch.rand(3, 20, generator=stream(0, 0, "crops")), torch.from_numpy(train.images).float() / 127.5 - 1
     crops = []
     for row in range(20):
         image = images[row // 2]
         crops.append(crop_by_hand(image.flip(2) if u[0, row] < 0.5 else image, u[1, row], u[2, row]))
-    assert not any(torch.equal(a, b) for a, b in zip(crops[::2], crops[1::2]))
     ids = tokenizer.fsq(tokenizer.encoder(torch.stack(crops)))[1]
     kept = np.load(folder / "tokens.npy")
-    assert kept.dtype == np.uint16 and kept.tolist() == ids.tolist()
+    assert kept.dtype == np.uint16 and kept.tolist() == ids.tolist() and len(ids.unique(dim=0)) > 15
 
     def ids_of(step):
         index, u, _ = drawn_by_hand(train, step, "ar")
         return ids[2 * index + (2 * u[:, 0]).long()]
 
-    gpt, average = gpt_by_hand(cfg, train, ids_of)
-    same_weights(saved["ar"], model=gpt, ema=average, tokenizer=tokenizer)
+    gpt, average = gpt_by_hand(flextok.Config(**saved["config"]), train, ids_of)
+    same_weights(saved, model=gpt, ema=average, tokenizer=tokenizer)
     made = []
     monkeypatch.setattr(flextok, "encode_crops", lambda *args, encode=flextok.encode_crops: made.append(1) or encode(*args))
-    run("--resume", "--name", "demo")
+    run("--resume", "--name", "awake")
     assert not made
-    run("--resume", "--name", "demo", "--steps_tokenizer", "7")         # another tokenizer: other tokens
-    assert made and np.load(folder / "tokens.npy").shape == (20, 4)
+    for change, value in (("seed", 1), ("flip", False), ("crop", 1.2), ("crops", 3)):       # rows of others are not taken
+        cfg = dataclasses.replace(flextok.Config(**saved["config"]), **{change: value})
+        places = [type("Run", (), dict(total=99, folder=folder)), type("Run", (), dict(total=99, folder=Path(".")))]
+        old, new = (flextok.store_tokens(tokenizer, train, cfg, place) for place in places)
+        assert np.array_equal(old, new) and not np.array_equal(old, kept)
+        Path("tokens.npy").unlink()
+    other = awake(flextok.Tokenizer(cfg), 1)
+    assert not np.array_equal(flextok.store_tokens(other, train, cfg, places[0]), new)
+    fewer = data.open_data("shapes", "train", 8, count=9)
+    assert len(flextok.store_tokens(other, fewer, cfg, places[0])) == 27
 
 
 def test_stored_rows_of_latents_are_draws_of_their_posterior(tmp_path):
