@@ -7,7 +7,7 @@ if any of them is missing. --write also renews assets/audit/FILE.md, in which li
 What the texts of the code and of the tests tell is read from them: equations, line numbers, the tests. What nothing
 but reading can tell stands below in TRAIL, a line a label:
 
-    LABEL | function: words && words; function: words | case: arrays > test        or, in the last column, - why none
+    LABEL | function: words && words; function: words | case: arrays > test (what of it)    or at last: - why none
 
 The words are part of a line of that function. A case is a file of ../shared/goldens/FILE; the test compares with it.
 """
@@ -36,7 +36,7 @@ A2  | draw: .sort(1) | - a law of random numbers, which no array can pin
 A3  | draw: shard_noise( | - a law of random numbers, which no array can pin
 A4  | interpolate: t * x1 + (1 - t) * x0 | - the cases hold the network alone, not its training
 A5  | loss: (v.to(u.dtype) - u).square().mean() | - the cases hold the network alone, not its training
-A6  | ARFlow.forward: self.label(y)[:, None] + self.time( | 06_model_f64: cond_c > test_official_embeddings
+A6  | ARFlow.forward: self.label(y)[:, None] + self.time( | 06_model_f64: out out_null_label > test_official_outputs_and_states
 A7  | sincos_pos_embed: w = 10_000.0 && line = torch.cat && torch.cat([x, y], -1) | 06_model_weights_f32: pos_embed > test_sincos_pos_embed_equals_the_official_one
 A8  | timestep_embedding: f = 10_000.0 && torch.cat([angle.cos(), angle.sin()], -1); ARFlow.__init__: self.time = | 06_model_f64: cond_c > test_official_embeddings
 A9  | Block.forward: six = self.modulation && self.attention( && x = x + gate_msa && x = x + gate_mlp | 06_model_f64: out > test_official_outputs_and_states
@@ -69,7 +69,7 @@ F11 | FSQ.forward: rounded = && rounded / (self.levels // 2) | fsq_release: quan
 F12 | FSQ.forward: digits = && (digits * self.basis).sum(-1) | fsq_release: tokens > test_official_quantiser_with_its_gradient
 F13 | FSQ.values: digits = && (digits - self.levels // 2) | fsq_release: idx idx_embedding > test_official_quantiser_with_its_gradient
 F14 | Decoder.tokens: self.read(values) + self.token_position | decoder_small: regs_after_dropout > test_official_decoder
-F15 | Decoder.tokens: dropped = && self.mask, r; nested_lengths: 2 ** (u * R.bit_length()) && 1 + (u * R) | decoder_small: regs_after_dropout velocity_keep > test_official_decoder
+F15 | Decoder.tokens: dropped = && self.mask, r; nested_lengths: 2 ** (u * R.bit_length()) && 1 + (u * R) | decoder_small: regs_after_dropout velocity_keep > test_official_decoder (the mask; the law of k is random)
 F16 | Decoder.tokens: self.null, r | decoder_small: velocity_uncond velocity_mixed > test_official_decoder
 F17 | timestep_embedding: frequency = && torch.cat([angle.cos(), angle.sin()], 1); Decoder.forward: tau = | decoder_small: velocity_full > test_official_decoder
 F18 | DecoderBlock.forward: vectors = self.modulation && torch.addcmul(h, gate_msa, y) && torch.addcmul(h, gate_mlp, y); Decoder.forward: h = torch.cat([patches, self.tokens( | decoder_small: velocity_full repa_patches > test_official_decoder
@@ -98,14 +98,14 @@ D5  | Encoder.forward: h = torch.cat([patches, z; Encoder.__init__: mask[self.P:
 D6  | Decoder.forward: masks = self.mask && h = torch.cat( && unpatchify(self.head( | 08b_tokenizer_small_clean: decode_t08_res20 decode_t16_res32 > test_official_tokenizer
 D7  | Tokenizer.correct: noisy = && noise = near && prefix = && z = torch.where(late && q2 = torch.where(late && total / (late.numel() | - the selection holds the clean pass alone
 D8  | AR.embed: h = torch.cat([start; group_causal: torch.where(row < c | 10_ar_small_g4: teacher_forced_logits mask_ALLOWED > test_official_ar_logits_loss_and_tables
-D9  | loss_tokenizer: F.mse_loss(recon, target) && losses["lpips"] = && losses["gan"] = && value = sum( | 08b_tokenizer_small_clean: train_t16_l2_codebook_commit_entropy_align_total > test_official_losses_and_gradients
+D9  | loss_tokenizer: F.mse_loss(recon, target) && losses["lpips"] = && losses["gan"] = && value = sum( | 08b_tokenizer_small_clean: train_t16_l2_codebook_commit_entropy_align_total > test_official_losses_and_gradients (without LPIPS and GAN)
 D10 | loss_tokenizer: first = model.align( && feature = && losses["align"] = | 08b_tokenizer_small_clean: train_t08_l2_codebook_commit_entropy_align_total > test_official_losses_and_gradients
 D11 | weights: lpips = && gan = | - the selection holds no schedule
 D12 | prefix_length: t = 1 + int( && math.ceil(t / cfg.group) | - a law of random numbers, which no array can pin
 D13 | noise_start: t = (u && t // cfg.group * cfg.group | - a law of random numbers, which no array can pin
 D14 | augment: x = x + brightness && 1 + 2 * saturation && 1 + contrast && x = F.pad(x && hole = | - the authors' augmentation draws its own numbers; no case holds them
 D15 | loss_disc: hinge = && lecam = && consistency = && weight * (hinge; disc_logits: (0.5, 1.0) | - the authors' discriminator needs DINO's weights; no case holds it
-D16 | loss_ar: given = && target = torch.where( && F.cross_entropy( | 10_ar_small_g4: teacher_forced_loss > test_official_ar_logits_loss_and_tables
+D16 | loss_ar: given = && target = torch.where( && F.cross_entropy( | 10_ar_small_g4: teacher_forced_loss > test_official_ar_logits_loss_and_tables (of clean sequences)
 D17 | spans: yield i, i + 1 && yield i, i + g | 10_ar_small_g4: seqlens_cfg1.5_gradual0 argmax_cfg1.5_gradual0 > test_official_ar_generation
 D18 | generate: logits = null +; guidance: cfg.cfg_scale * ( | 10_ar_small_g4: argmax_cfg3.0_gradual0 argmax_cfg3.0_gradual1 > test_official_ar_generation
 D19 | draw_noise: data.uniform( | - a law of random numbers, which no array can pin
@@ -164,7 +164,7 @@ G2  | partition: load = total - ; by_stage: rows[end - size:end] | - what a laye
 G3  | partition: price = load && best = options.min(0) | - the paper has no algorithm; the cases choose their cuts by hand
 G4  | scatter: tensor_split( | transparency: n10_loss n10_grad/0.weight > test_golden_transparency
 G5  | Pipeline.do_forward: y = self.run_stage( | transparency: logits > test_golden_transparency
-G6  | Pipeline.do_loss: value = batch.loss_fn(y); loss: F.cross_entropy( | transparency: loss n10_loss n10_WRONG_unweighted_loss > test_golden_transparency
+G6  | Pipeline.do_loss: value = batch.loss_fn(y); loss: F.cross_entropy( | transparency: loss n10_loss n10_WRONG_unweighted_loss > test_golden_transparency (of the whole mini-batch; without smoothing)
 G7  | Pipeline.do_backward: torch.autograd.backward( ; schedule: in reversed(forward) | transparency: grad_x grad/0.weight > test_golden_transparency
 G8  | Pipeline.do_backward: torch.autograd.backward( ; Pipeline.step: batch = self.run( | transparency: grad/0.weight traj_rmsprop_losses > test_golden_trajectories
 G9  | Pipeline.do_forward: batch.stash[m, k] = ; Pipeline.do_backward: batch.stash.pop( && batch.interior.pop( ; footprint: interiors = | - memory: no array holds it, the tests count what is alive
@@ -294,7 +294,7 @@ def check_golden(name, text):
     """What is wrong with the third column of a trail, as a list."""
     if text.startswith("- "):
         return []
-    found = re.fullmatch(r"(\S+): (.+) > (\w+)", text)
+    found = re.fullmatch(r"(\S+): (.+) > (\w+)(?: \(.+\))?", text)
     if not found:
         return [f"golden column {text!r}: write `case: arrays > test` or `- why none`"]
     case, arrays, test = found.groups()

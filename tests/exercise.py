@@ -293,13 +293,18 @@ class Watch:
 
 # --- What is right -----------------------------------------------------------------
 
+def golden_test(file, label):
+    """The test that compares an equation with the authors' numbers, or ""."""
+    found = re.search(r" > (\w+)", trail(file)[label][1])
+    return found[1] if found else ""
+
+
 def tests_of(file, name):
     """The tests that define a function: those that name its equations; where it has none, those that call it by name."""
     labels = labels_of(file, name)
     by_label = tests_by_label(file)
     found = [test for label in labels for test in by_label.get(label, [])]
-    stored = trail(file)
-    found += [stored[label][1].rpartition(" > ")[2] for label in labels if " > " in stored[label][1]]
+    found += [test for test in map(functools.partial(golden_test, file), labels) if test]
     if not found:
         _, lines, tree = parsed(f"tests/test_{file}.py")
         attribute = rf"\b{file}\.{re.escape(name.split('.')[0])}\b"
@@ -351,8 +356,8 @@ def check(file, names, show_solution=False):
         for label in labels or [""]:
             named = by_label.get(label, []) if label else tests_of(file, name)
             tests = {test: sum(test in by_label.get(other, []) for other in labels) for test in named}
-            if label and " > " in trail(file)[label][1]:
-                tests.setdefault(trail(file)[label][1].rpartition(" > ")[2], len(labels))
+            if label and golden_test(file, label):
+                tests.setdefault(golden_test(file, label), len(labels))
             what, why = verdict(watch, name, tests)
             count += 1
             right += what == "right"
