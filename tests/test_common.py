@@ -1,6 +1,7 @@
 """The mechanics of common.py, tried on a toy method: a line through points, in a file of its own."""
 
 import copy
+import dataclasses
 import errno
 import hashlib
 import importlib
@@ -213,8 +214,8 @@ def test_a_preset_and_flags_make_the_config(toy):
     assert common.cli(toy.Config, toy.PRESETS, toy.__doc__, ["--bf16", "--no-bf16"]).bf16 is False
     cfg = common.cli(toy.Config, toy.PRESETS, toy.__doc__, ["--preset", "big/2", "--log", "1", "--name", "x"])
     assert common.is_preset(cfg, toy.PRESETS)
-    cfg.batch = 8
-    assert not common.is_preset(cfg, toy.PRESETS)
+    for name, value in (("batch", 8), ("steps", 8), ("seed", 1)):
+        assert not common.is_preset(dataclasses.replace(cfg, **{name: value}), toy.PRESETS), name
 
 
 def test_help_shows_the_docstring_and_every_comment(run, toy):
@@ -1403,6 +1404,10 @@ def test_measure_samples_needs_more_images_than_features():
     assert many["N"] == 80 and many["accuracy"] == 1.0
     assert many["distance"] == pytest.approx(common.frechet(x.flatten(1), real[:80]), rel=1e-9)
     assert many["floor"] == pytest.approx(common.frechet(real[80:], real[:80]), rel=1e-9) and many["floor"] > 0
+    more = torch.randn(120, 1, 8, 8, generator=torch.Generator().manual_seed(2))           # more than half of the test images:
+    found = common.measure_samples(more, torch.zeros(120), Ruler(), Test())                 # the first of them count
+    assert found["N"] == 100 and found["distance"] == pytest.approx(
+        common.frechet(more[:100].flatten(1), Test().pixels(np.arange(100)).flatten(1)), rel=1e-9)
 
 
 def test_flops_of_attention_and_grouped_convolutions():
