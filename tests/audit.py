@@ -155,7 +155,7 @@ S10 | activation_rows: ("input of pooler" && ("input of head" | bert_model: all/
 S11 | relative_change: ratio = (new - old) | - the selection holds no step of training
 S12 | Scheduler.__init__: self.k = && self.distance = 1e20; Scheduler.freeze: self.active = choose(; Scheduler.measure: self.distance[self.active] = ; choose: order[t - k:] | - the selection holds no step of training
 S13 | learning_rate: left = && whole = && cfg.lr * (left / whole) | - the selection holds no schedule
-S14 | AdamW.step: m = state["m"] && v = state["v"] && size = && p.addcdiv_( && p.mul_( | - the selection holds no step of training
+S14 | AdamW.step: sizes.append( && _foreach_lerp_( && _foreach_addcmul_( && _foreach_addcdiv_( && _foreach_mul_(params | - the selection holds no step of training
 S15 | candidates: passage = && start[i] + end[j] && start[0] + end[0] | - a procedure of the task, SQuAD, not of the paper
 """,
     "gpipe": """
