@@ -16,6 +16,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) == signal.SIG_IGN:           # of nohup and of jobs in the background: children would inherit it
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 inspect.getsource = functools.cache(inspect.getsource)       # a command line reads its Config's comments: parse a file once
 
 
