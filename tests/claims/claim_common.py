@@ -1,4 +1,4 @@
-"""What runs around the arithmetic: threads beside other work, files in memory, bytes to floats, noise of many ranks.
+"""What runs around the arithmetic: threads beside other work, files in memory, bytes, noise of many ranks, the wait for data.
 
 "before" is written out here as it was; both sides run in turn in one process tree, and ratios are medians of pairs.
 """
@@ -15,10 +15,12 @@ from unittest import mock
 
 import common
 import data
-from tests import ROOT
+import detailflow
+from tests import ROOT, tiny
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 def seconds_of_steps(where, name, policy):
@@ -139,4 +141,100 @@ def noise(scale):
             "verdict": "shown" if ratio <= 0.15 else "not shown at this scale", "numbers": {"one of eight over all": found}}
 
 
-ROWS = [busy, memory, conversion, noise]
+def pictures_of_256(batch):
+    """A data set of `batch` pictures of 256 px, and DetailFlow's configuration with as many a step."""
+    images = np.random.default_rng(0).integers(0, 256, (batch, 3, 256, 256), np.uint8)
+    cfg = common.resolve(detailflow.Config, detailflow.PRESETS, "DetailFlow-16", {"batch": batch, "kmeans": 0})
+    return data.Data(images, np.arange(batch) % 10), cfg
+
+
+def host_before(dataset, batch):
+    """What the host did before a step: floats by three copies, mirrored and cropped there."""
+    index = np.random.default_rng(0).integers(0, batch, batch)
+    x = torch.from_numpy(np.ascontiguousarray(dataset.images[index])).float() / 127.5 - 1
+    x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x.flip(-1), x)
+    window = torch.cat([torch.eye(2).expand(batch, 2, 2) / 1.1, torch.zeros(batch, 2, 1)], 2)
+    return F.grid_sample(x, F.affine_grid(window, x.shape, False), align_corners=False)
+
+
+def host(scale):
+    """The host's share of the time before a step of DetailFlow: on torch's device "meta" all else is free."""
+    batch = 64 if scale == "quick" else 256
+    dataset, cfg = pictures_of_256(batch)
+    device = torch.device("meta")
+    found = ratios(lambda: host_before(dataset, batch), lambda: detailflow.draw_tokenizer(dataset, cfg, 0, device),
+                   5 if scale == "quick" else 11)
+    ratio = statistics.median(found)
+    return {"claim": f"bytes travel: before a step of {batch} pictures of 256 px the host works at most .12 x as long as when it "
+                     "scales, mirrors and crops itself", "paper": "no paper's",
+            "measured": f"{ratio:.3f} x by CPU time (median of {len(found)} pairs, {min(found):.3f} to {max(found):.3f})",
+            "verdict": "shown" if ratio <= 0.12 else "not shown at this scale", "numbers": {"after over before": found}}
+
+
+def wait(scale):
+    """How long steps wait for pictures that a thread reads one step ahead; a step is a sleep, as the host's is beside a GPU."""
+    batch, steps = (64, 5) if scale == "quick" else (256, 12)
+    dataset, cfg = pictures_of_256(batch)
+
+    def read(step):
+        return detailflow.draw_tokenizer(dataset, cfg, step, torch.device("meta"))
+
+    start = time.perf_counter()
+    read(0)
+    alone = time.perf_counter() - start
+    fetch = common.read_ahead(read, torch.device("cuda"), steps)
+    waits = []
+    for step in range(steps):
+        start = time.perf_counter()
+        fetch(step)
+        waits.append(time.perf_counter() - start)
+        time.sleep(3 * alone)
+    share = statistics.median(waits[1:]) / (3 * alone)
+    return {"claim": "a thread reads ahead: a step that takes three times what reading takes waits for data at most .02 of its time",
+            "paper": "no paper's",
+            "measured": f"waits {share:.4f} of the step (median of {steps - 1}; reading takes {1000 * alone:.0f} ms)",
+            "verdict": "shown" if share <= 0.02 else "not shown at this scale", "numbers": {"seconds": waits, "reading": alone}}
+
+
+def peak(where, method, words):
+    """MiB at most of one command of a method file; RuntimeError where it fails."""
+    process = subprocess.Popen([sys.executable, str(ROOT / f"{method}.py"), *map(str, words)], cwd=where,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{method}.py {words}: {errors[-300:]}")
+    return usage.ru_maxrss / 1024
+
+
+def flat(scale):
+    """Peak memory of --encode and --export of many images of 32 px, less that of 2,000, by tiny models."""
+    many = 10_000 if scale == "quick" else 40_000
+    last = {"arflow": "last.pt", "flextok": "ar.pt", "detailflow": "ar.pt", "vitok": "dit.pt"}
+    grown = {}
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        for count in (2_000, many):
+            images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
+            np.savez(where / f"{count}.npz", train_images=images, train_labels=np.arange(count) % 10,
+                     test_images=images[:100], test_labels=np.arange(100) % 10)
+        for method, checkpoint in last.items():
+            wide = {"size": 32, "patch": 16} if "patch" in tiny.TINY[method] else {"size": 32, "model": "12x1x2-12x2x2/16"}
+            peak(where, method, tiny.argv(method, **wide, name="flat"))
+            base = ["--sample", f"runs/{method}/flat/{checkpoint}"]
+            for task in ("encode", "export"):
+                if task == "encode" and method not in ("flextok", "detailflow"):
+                    continue
+                mib = {}
+                for count in (2_000, many):
+                    more = ["--encode", "out.npz", "--data", f"npz:{count}.npz"] if task == "encode" else [
+                        "--export", "out.npz", "--count", count]
+                    mib[count] = peak(where, method, [*base, *more])
+                grown[f"{method} --{task}"] = mib[many] - mib[2_000]
+    worst = max(grown, key=grown.get)
+    return {"claim": f"--encode and --export of {many:,} images take at most 64 MiB more than of 2,000", "paper": "no paper's",
+            "measured": ", ".join(f"{name} {mib:+.0f} MiB" for name, mib in grown.items()),
+            "verdict": "shown" if grown[worst] <= 64 else "not shown at this scale", "numbers": grown}
+
+
+ROWS = [busy, memory, conversion, noise, host, wait, flat]
