@@ -20,7 +20,6 @@ from tests import ROOT, tiny
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 
 def seconds_of_steps(where, name, policy):
@@ -148,29 +147,6 @@ def pictures_of_256(batch):
     return data.Data(images, np.arange(batch) % 10), cfg
 
 
-def host_before(dataset, batch):
-    """What the host did before a step: floats by three copies, mirrored and cropped there."""
-    index = np.random.default_rng(0).integers(0, batch, batch)
-    x = torch.from_numpy(np.ascontiguousarray(dataset.images[index])).float() / 127.5 - 1
-    x = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, x.flip(-1), x)
-    window = torch.cat([torch.eye(2).expand(batch, 2, 2) / 1.1, torch.zeros(batch, 2, 1)], 2)
-    return F.grid_sample(x, F.affine_grid(window, x.shape, False), align_corners=False)
-
-
-def host(scale):
-    """The host's share of the time before a step of DetailFlow: on torch's device "meta" all else is free."""
-    batch = 64 if scale == "quick" else 256
-    dataset, cfg = pictures_of_256(batch)
-    device = torch.device("meta")
-    found = ratios(lambda: host_before(dataset, batch), lambda: detailflow.draw_tokenizer(dataset, cfg, 0, device),
-                   5 if scale == "quick" else 11)
-    ratio = statistics.median(found)
-    return {"claim": f"bytes travel: before a step of {batch} pictures of 256 px the host works at most .12 x as long as when it "
-                     "scales, mirrors and crops itself", "paper": "no paper's",
-            "measured": f"{ratio:.3f} x by CPU time (median of {len(found)} pairs, {min(found):.3f} to {max(found):.3f})",
-            "verdict": "shown" if ratio <= 0.12 else "not shown at this scale", "numbers": {"after over before": found}}
-
-
 def wait(scale):
     """How long steps wait for pictures that a thread reads one step ahead; a step is a sleep, as the host's is beside a GPU."""
     batch, steps = (64, 5) if scale == "quick" else (256, 12)
@@ -237,4 +213,4 @@ def flat(scale):
             "verdict": "shown" if grown[worst] <= 64 else "not shown at this scale", "numbers": grown}
 
 
-ROWS = [busy, memory, conversion, noise, host, wait, flat]
+ROWS = [busy, memory, conversion, noise, wait, flat]
