@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -173,14 +174,18 @@ def wait(scale):
 
 
 def peak(where, method, words):
-    """MiB at most of one command of a method file; RuntimeError where it fails."""
+    """MiB at most of one command of a method file, RuntimeError where it fails. Linux counts it per program: what
+    getrusage says of a child begins with the memory of the process that started it."""
     process = subprocess.Popen([sys.executable, str(ROOT / f"{method}.py"), *map(str, words)], cwd=where,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{method}.py {words}: {errors[-300:]}")
-    return usage.ru_maxrss / 1024
+    highest = 0
+    while process.poll() is None:
+        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+        highest = int(found[1]) if found else highest
+        time.sleep(0.02)
+    if process.returncode:
+        raise RuntimeError(f"{method}.py {words}: {process.stderr.read()[-300:]}")
+    return highest / 1024
 
 
 def flat(scale):
