@@ -7,7 +7,7 @@ N tokens are an image, coarse to fine; the first n show it at R(n) pixels. A tra
 Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .05 to .07, accuracy .54 to .65
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
           python detailflow.py --sample CHECKPOINT --classes 6 --keep 8    (or --encode F.npz, --decode F.npz)
-Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: what the preset demo sets.
+Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: the demo, which has Muon, too.
 Left out: VGG, DINO, SigLIP2: one --teacher is all three; the encoder starts at random, or from --tokenizer.
 Letters:  B images, b = B, or 2 B with the corrected ones (D7), C channels, R side, f patch, p patches a side,
           P all, N tokens, n kept, g group, c causal, K codes, d wide, D width, H heads, w = D/H, S features.
@@ -104,10 +104,10 @@ class Config:
 SIZES = {"B": "768x12x12x2048", "L": "1024x24x16x2816", "XL": "1280x36x20x3584", "XXL": "1536x48x24x4096"}
 PAPER = dict(data="folder:imagenet", teacher="siglip2.pt", bf16=True, steps_ar=1_501_200)   # epochs: 250; 300
 PRESETS = {
-    "demo": dict(size=16, flip=False, zoom=1.0, patch=4, tokens=16, group=4, causal=4, codes=256, near=32,
-                 encoder="96x2x4x192", decoder="96x3x4x192", gpt="96x4x4x256", std=0.5, kmeans=200,
-                 perceptual=0.0, gan=0.0, align=0.0, steps=2600, steps_ar=1600, batch=16, batch_ar=32,
-                 lr=0.056, warmup=0.05, lr_ar=4e-3, dropout=0.0, ema=0.98, cfg_scale=2.5, crops=1, save=1000),
+    "demo": dict(size=16, flip=False, zoom=1.0, crops=1, patch=4, tokens=16, group=4, causal=4, codes=256,
+                 near=32, encoder="96x2x4x192", decoder="96x3x4x192", gpt="96x4x4x256", std=0.5, kmeans=200,
+                 perceptual=0, gan=0, align=0, steps=1800, steps_ar=1500, batch=16, batch_ar=32, lr=0.056,
+                 warmup=0.05, lr_ar=4e-3, muon=3.0, dropout=0.0, ema=0.98, cfg_scale=4.0, temperature=0.8),
     "small": dict(data="cifar10", size=32, patch=4, tokens=32, group=4, causal=4, codes=1024,  # ours, not run
                   encoder="256x6x4x1024", decoder="256x6x4x1024", gpt="384x8x6x1024", std=0.5, kmeans=1000,
                   gan_from=10_000, steps=40_000, batch=128, lr=1e-3, warmup=0.05, lr_ar=3e-4, ema=0.999),

@@ -1296,14 +1296,22 @@ def test_teachers_and_rulers_read_pictures_of_one_side(tmp_path, monkeypatch):
         close(features(x), features(whole), 1e-6)
         assert features(x).shape == features(torch.zeros(2, 3, 32, 32)).shape
     monkeypatch.chdir(tmp_path)
-    read, original = [], common.accuracy
-    monkeypatch.setattr(common, "judge", lambda data, role: common.Judge(3, 8, 10, 32).eval().requires_grad_(False))
-    monkeypatch.setattr(common, "accuracy", lambda ruler, x, y: read.append(x.shape) or original(ruler, x, y))
-    small = config(size=32, patch=4, tokens=8, group=2, causal=2, keep="1", steps=100, count=4)
+    read, original, asked = [], common.accuracy, []
+    ruler = common.Judge(3, 8, 10, 32).eval().requires_grad_(False)
+    monkeypatch.setattr(common, "judge", lambda split, role: asked.append((split.images, role)) or ruler)
+    monkeypatch.setattr(common, "accuracy", lambda ruler, x, y: read.append((x, y)) or original(ruler, x, y))
+    small = config(size=32, patch=4, tokens=8, group=2, causal=2, keep="1", steps=100, count=4, preset="demo")
     model, other = detailflow.Tokenizer(small), detailflow.AR(small, 10)
     checkpoint(tmp_path / "ar.pt", small, tokenizer=model, ema=other)
     detailflow.report(small, tmp_path / "ar.pt", tmp_path)
-    assert read == 3 * [(4, 3, 32, 32)]                                  # real ones, reconstructions, samples
+    (real, labels), (recon, same), (drawn, y) = read                    # of the ruler's own split, never of training's
+    test = detailflow.open_split(small, "test", 4)
+    assert [role for _, role in asked] == ["ruler"] and np.array_equal(asked[0][0], detailflow.open_split(small, "judge").images)
+    assert torch.equal(real, test.pixels(np.arange(4))) and labels.tolist() == same.tolist() == test.labels.tolist()
+    close(recon, model.decode(model.tokenize(real)[0]), 1e-5)
+    ids, labels = detailflow.draw_samples(other.eval(), small)
+    assert torch.equal(y, labels) and ids.shape == (4, 1)
+    close(drawn, F.interpolate(model.decode(model.vq.vectors(ids)), (32, 32), mode="bicubic"), 1e-5)
 
 
 def test_draws_of_a_run_follow_the_schedule(tmp_path, monkeypatch):
@@ -1953,7 +1961,7 @@ def test_steps_are_those_asked_for(tmp_path, monkeypatch):
     """--steps, even where it is the preset's own number, is that of both stages; --steps_ar is of one."""
     steps = lambda *words: (lambda cfg: (cfg.steps_tokenizer, cfg.steps_ar))(
         common.cli(detailflow.Config, detailflow.PRESETS, detailflow.__doc__, [*words]))
-    assert steps() == (2600, 1600) and steps("--steps", "2600") == (2600, 2600)
+    assert steps() == (1800, 1500) and steps("--steps", "1800") == (1800, 1800)
     assert steps("--steps", "5", "--steps_ar", "7") == (5, 7)
 
 
