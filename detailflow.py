@@ -4,7 +4,7 @@ N tokens are an image, coarse to fine; the first n show it at R(n) pixels. A tra
     [patches | query 1 ... N] -> encoder -> codebook -> token 1 ... N        a query sees no later group
     [mask ... mask | token 1 ... n] -> decoder -> image of R(n) pixels       fewer tokens, fewer masks
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
-Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .05 to .07, accuracy .54 to .65
+Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .044, class accuracy .95 (1 seed)
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
           python detailflow.py --sample CHECKPOINT --classes 6 --keep 8    (or --encode F.npz, --decode F.npz)
 Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: the demo, which has Muon, too.
@@ -107,7 +107,7 @@ PRESETS = {
     "demo": dict(size=16, flip=False, zoom=1.0, crops=1, patch=4, tokens=16, group=4, causal=4, codes=256,
                  near=32, encoder="96x2x4x192", decoder="96x3x4x192", gpt="96x4x4x256", std=0.5, kmeans=200,
                  perceptual=0, gan=0, align=0, steps=1800, steps_ar=1500, batch=16, batch_ar=32, lr=0.056,
-                 warmup=0.05, lr_ar=4e-3, muon=3.0, dropout=0.0, ema=0.98, cfg_scale=4.0, temperature=0.8),
+                 warmup=0.05, lr_ar=4e-3, muon=3.0, dropout=0.0, ema=0.98, cfg_scale=2.0, temperature=0.8),
     "small": dict(data="cifar10", size=32, patch=4, tokens=32, group=4, causal=4, codes=1024,  # ours, not run
                   encoder="256x6x4x1024", decoder="256x6x4x1024", gpt="384x8x6x1024", std=0.5, kmeans=1000,
                   gan_from=10_000, steps=40_000, batch=128, lr=1e-3, warmup=0.05, lr_ar=3e-4, ema=0.999),
@@ -1298,7 +1298,7 @@ def measure(tokenizer, cfg, where):
     return {"error": errors[cfg.tokens], "codes": len(ids.unique())}, x, decode_ids(tokenizer, ids)
 
 
-TARGET = dict(error=0.1, codes=128, reconstructed=0.5, accuracy=0.4)     # demo
+TARGET = dict(error=0.06, codes=200, reconstructed=0.8, accuracy=0.85)   # demo; one seed: .044 256 .90 .95
 
 
 def report(cfg, path, where):
