@@ -25,12 +25,12 @@ TINY = {
                     levels="8,5", repa=1.0, steps=6, batch=4, lr=1e-3, num_steps=2, count=10, log=2, save=3),
     "detailflow": dict(size=8, patch=4, tokens=8, group=2, causal=2, codes=16, dim=4, near=4, encoder="16x1x2x16",
                        decoder="16x1x2x16", gpt="16x1x2x16", degrade=0.5, kmeans=2,
-                       perceptual=1.0, ramp=2, gan=0.2, gan_from=3, align=1.0, dropout=0.0, crops=0,
+                       perceptual=1.0, ramp=2, gan=0.2, gan_from=3, align=1.0, dropout=0.0, crops=0, muon=0.0,
                        steps=6, batch=4, lr=0.1, count=10, log=2, save=3),
 }
 
 VARIANTS = {
-    "detailflow": [["--zoom", "1.25", "--kmeans", "1", "--top_k", "9", "--top_p", "0.9", "--cfg_scale", "1"],
+    "detailflow": [["--zoom", "1.25", "--kmeans", "1", "--top_k", "9", "--top_p", "0.9", "--cfg_scale", "1", "--muon", "3"],
                    ["--no-correct", "--degrade", "1", "--gan_from", "0", "--kmeans", "0"]],
     "flextok": [["--condition", "text", "--top_k", "9", "--top_p", "0.9", "--cfg_scale", "1", "--time", "logit-normal"],
                 ["--no-apg", "--repa", "0", "--nested", "uniform"]],
