@@ -1221,6 +1221,24 @@ def test_the_published_runs_train(preset, tmp_path, monkeypatch):
     command("--sample", f"runs/slimfit/{preset}/last.pt")
     again = json.loads((tmp_path / f"runs/slimfit/{preset}/samples/test.json").read_text())
     assert all(again[name] == found[name] for name in measures)
+    if cfg.target == "score":                                 # by hand, of the dev split and of the weights that were stored
+        saved = torch.load("runs/slimfit/stsb/last.pt", weights_only=True)
+        model, dev = slimfit.build_model(slimfit.Config(**saved["config"])).eval(), data.glue("STS-B", tmp_path, "test")
+        model.load_state_dict(saved["state"]["model"])
+        pieces = data.WordPiece(tmp_path / "weights/vocab.txt", cased=True)
+        rows = torch.tensor([pieces.encode(*pair, length=24) for pair in dev[0]])
+        with torch.no_grad():
+            scores = model(*rows.unbind(1))[:, 0].numpy()
+        assert np.allclose(again["scores"], scores, atol=1e-6)
+        orders = [[sum(a < b for a in side) + (sum(a == b for a in side) + 1) / 2 for b in side] for side in (again["scores"], dev[1])]
+        assert math.isclose(again["pearson"], np.corrcoef(scores, dev[1])[0, 1], abs_tol=1e-4)
+        assert math.isclose(again["spearman"], np.corrcoef(*orders)[0, 1], abs_tol=1e-9)
+    if preset == "mnli":                                      # the other dev set
+        other = tmp_path / "MNLI/dev_mismatched.tsv"
+        other.write_text((tmp_path / "MNLI/dev_matched.tsv").read_text().replace("neutral", "entailment"))
+        command("--sample", "runs/slimfit/mnli/last.pt", "--data", f"glue:MNLI-mm:{tmp_path}", "--out", "mm")
+        table = np.array(json.loads(Path("mm/test.json").read_text())["confusion"])
+        assert table.sum(1).tolist() == [8, 0, 4] and np.sum(again["confusion"], 1).tolist() == [4, 4, 4]
     if cfg.target == "span":
         said = json.loads((tmp_path / "runs/slimfit/squad/samples/predictions.json").read_text())
         assert said == again["answers"] and list(said) == [f"dev{i}" for i in range(9)]
