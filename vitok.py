@@ -221,11 +221,17 @@ def rope_angles(positions, d):
     return torch.cat(angles, 1)                                                                     # (N, d/2)
 
 
+def rotary_table(angles):
+    """What turns pairs of channels by V8's angles (N, d/2): (2, N, d), cosines and sines, each twice."""
+    sin = torch.stack((-angles.sin(), angles.sin()), 2).flatten(1)                                    # (N, d)
+    return torch.stack((angles.cos().repeat_interleave(2, 1), sin))                                # (2, N, d)
+
+
 def rotate(x, rotary):
-    """Turn adjacent pairs of x (B, H, N, d), in float32. rotary: cosines and sines of V8 (2, N, d/2)."""
-    cos, sin = rotary                                                                  # (N, d/2), (N, d/2)
-    a, b = x.unflatten(3, (-1, 2)).unbind(4)                                      # (B, H, N, k), (B, H, N, k)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), 4).flatten(3).type_as(x)       # (B, H, N, 2*k)
+    """Turn adjacent pairs (a, b) of x (B, H, N, d) to (a cos - b sin, b cos + a sin), in float32."""
+    cos, sin = rotary                                                                      # (N, d), (N, d)
+    swapped = x.unflatten(3, (-1, 2)).flip(4).flatten(3)                                        # (B, H, N, d)
+    return (x * cos + swapped * sin).type_as(x)                                                 # (B, H, N, d)
 
 
 def timestep_embedding(time, D=256):
@@ -257,7 +263,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(D, D)
 
     def forward(self, x, rotary):
-        """Tokens (B, N, D), their rotary angles as in rotate."""
+        """Tokens (B, N, D), the rotary_table of their positions."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))                                  # (B, N, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                               # each (B, H, N, d)
         x = F.scaled_dot_product_attention(rotate(q, rotary), rotate(k, rotary), v)             # (B, H, N, d)
@@ -283,7 +289,7 @@ class Block(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(x))                                      # (B, N, D)
 
     def forward(self, x, rotary):
-        """Tokens (B, N, D), their rotary angles as in rotate."""
+        """Tokens (B, N, D), the rotary_table of their positions."""
         x = x + self.attention(self.norm1(x), rotary)                                              # (B, N, D)
         return x + self.mlp(self.norm2(x))                                                         # (B, N, D)
 
@@ -316,8 +322,8 @@ class Trunk(nn.Module):
         self.recompute = cfg.recompute
         self.norm = nn.LayerNorm(D)
         self.blocks = nn.ModuleList(block(D, H, cfg.act) for _ in range(depth))
-        angles = rope_angles(positions, D // H)
-        self.rotary = nn.Buffer(torch.stack((angles.cos(), angles.sin())).float(), persistent=False)
+        table = rotary_table(rope_angles(positions, D // H))
+        self.rotary = nn.Buffer(table.float(), persistent=False)
 
     def forward(self, x, *condition):
         """Tokens (B, N, D) -> the same. The generator's blocks also get one condition (B, D)."""

@@ -177,12 +177,8 @@ def test_a_still_clip_embeds_like_one_image():
     torch.testing.assert_close(still, image, rtol=0, atol=1e-10)
 
 
-def rotary(angles):
-    return torch.stack((angles.cos(), angles.sin()))
-
-
 def turned(x, place):
-    return vitok.rotate(x, rotary(vitok.rope_angles(place, x.shape[-1])))
+    return vitok.rotate(x, vitok.rotary_table(vitok.rope_angles(place, x.shape[-1])))
 
 
 def test_rope_turns_by_differences_of_positions():
@@ -219,7 +215,7 @@ def test_values_are_not_rotated():
         attention.qkv.weight[:24] = 0  # all scores equal: a plain mean of v
     x, place = normal(2, 6, 12), vitok.token_positions((1, 2, 3), "3d")
     plain = attention.out(F.linear(x, attention.qkv.weight[24:]).mean(1, keepdim=True).expand(-1, 6, -1))
-    torch.testing.assert_close(attention(x, rotary(vitok.rope_angles(place, 6))), plain)
+    torch.testing.assert_close(attention(x, vitok.rotary_table(vitok.rope_angles(place, 6))), plain)
 
 
 @pytest.mark.parametrize("d, parts", [(64, (22, 22, 20)), (72, (24, 24, 24)), (12, (4, 4, 4)), (10, (4, 4, 2)),
@@ -665,7 +661,7 @@ def test_block_by_the_formula():
     gate = b @ p["gate.weight"].T + p["gate.bias"]
     b = gate / (1 + np.exp(-gate)) * (b @ p["up.weight"].T + p["up.bias"])
     a = a + b @ p["down.weight"].T + p["down.bias"]
-    ours = block(x, rotary(torch.zeros(5, 3, dtype=torch.float64)))[0]
+    ours = block(x, vitok.rotary_table(torch.zeros(5, 3, dtype=torch.float64)))[0]
     torch.testing.assert_close(ours, torch.from_numpy(a), rtol=1e-12, atol=1e-12)
 
 
