@@ -119,7 +119,7 @@ V4  | count_costs: E = s.M * cfg.channels | - a count, published in tables, whic
 V5  | Decoder.forward: self.to_pixels( && self.colour; unpatchify: x.permute( | ae_image_rope1d: recon_mode > test_official_auto_encoder
 V6  | Block.forward: x + self.attention( && x + self.mlp( | ae_image_rope1d: mean recon_mode > test_official_auto_encoder
 V7  | Block.mlp: self.act(self.gate(x)) * self.up(x); Block.__init__: hidden = | ae_image_rope1d: mean_silu recon_mode_silu > test_official_auto_encoder
-V8  | rope_angles: rates = && positions[:, axis, None] * rates; rotate: torch.stack( | ae_image_rope1d: mean recon_mode > test_official_auto_encoder
+V8  | rope_angles: rates = && positions[:, axis, None] * rates; rotary_table: sin = torch.stack(; rotate: x * cos + swapped * sin | ae_image_rope1d: mean recon_mode > test_official_auto_encoder
 V9  | Encoder.forward: torch.cat((queries, x), 1) && x[:, :self.sizes.M]; Decoder.forward: torch.cat((self.from_code(z), masks), 1); sincos_pos_embed: rates = | - the selection holds no latent variant
 V10 | Decoder.forward: kept = && torch.where(kept; draw: draws["length"] = | - the selection holds no masked variant
 V11 | reconstruction_losses: cfg.kl * losses["kl"] && cfg.perceptual * losses["lpips"]; loss_decoder: value + weight * losses["gan"] | - the selection holds no step of training

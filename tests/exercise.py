@@ -30,7 +30,7 @@ LEVELS = {
     "arflow": ("interpolate,loss", "hybrid", "hybrid,Attention.forward,guided_velocity,sample"),
     "flextok": ("nested_lengths,flow_time", "FSQ.forward,FSQ.values", "Decoder.tokens,loss_tokenizer,adaptive_projected_guidance,sample"),
     "detailflow": ("spans,group_causal", "group_causal,AR.embed,spans,generate", "VQ.forward,Tokenizer.correct,loss_ar,loss_disc"),
-    "vitok": ("bottleneck,kl_term,ramp", "rope_angles,rotate", "loss_dit,variational_bound,guided,sample"),
+    "vitok": ("bottleneck,kl_term,ramp", "rope_angles,rotary_table,rotate", "loss_dit,variational_bound,guided,sample"),
     "slimfit": ("quantise,restore", "relative_change,choose,Scheduler.freeze,Scheduler.measure", "pack4,Norm.forward,Norm.backward,AdamW.step,learning_rate"),
     "gpipe": ("clock_cycles,bubble", "partition,schedule", "schedule,scatter,Pipeline.do_loss,Pipeline.do_backward,BatchNorm.commit"),
 }
