@@ -574,10 +574,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def streams(scale):
-    """Peak memory of --encode and --export with 2,000 and with 40,000 images, of 256 tokens each and of 12 pixels."""
+    """Peak memory of --encode and --export with 2,000 and with 40,000 images, of 64 tokens each and of 12 pixels."""
     found, levels = {}, flextok.parse_levels(common.resolve(flextok.Config, flextok.PRESETS, "demo", {}).levels)
     with tempfile.TemporaryDirectory() as folder:
-        words = "--steps 2 --stage tokenizer --encoder 1 --decoder 1 --registers 256 --count 10 --name small".split()
+        words = "--steps 2 --stage tokenizer --encoder 1 --decoder 1 --registers 64 --count 10 --name small".split()
         subprocess.run([sys.executable, str(ROOT / "flextok.py"), *words], cwd=folder, check=True, capture_output=True)
         for count in (2000, 40_000):
             pictures = np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), np.uint8)
