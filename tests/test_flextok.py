@@ -973,6 +973,7 @@ def test_samples_carry_class_names_and_go_where_out_says(tmp_path, monkeypatch):
     rows, columns_png = [], common.columns_png
     monkeypatch.setattr(common, "columns_png", lambda path, columns, heads, names, side: rows.append((path, names)))
     checkpoint = "runs/flextok/trees/ar.pt"
+    assert torch.load("runs/flextok/trees/tokenizer.pt", weights_only=True)["classes"] == ["oak", "elm"]
     run("--sample", checkpoint, "--classes", "1,0", "--count", "3")
     assert rows == [(Path("runs/flextok/trees/samples/generation.png"), ["elm", "oak", "elm"])]
     monkeypatch.setattr(common, "columns_png", columns_png)
@@ -983,13 +984,14 @@ def test_samples_carry_class_names_and_go_where_out_says(tmp_path, monkeypatch):
 
 
 def step_by_hand(model, ema, opt, value, rate):
-    """One step of AdamW at a rate, gradients cut to a length of 1, averages of decay .9."""
+    """One step of AdamW at a rate, gradients cut to a length of .05, averages of decay .9."""
     opt.zero_grad()
     value.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     length = math.sqrt(sum(g.square().sum().item() for g in grads))
+    assert length > 0.05
     for g in grads:
-        g.mul_(min(1.0, 1 / (length + 1e-6)))
+        g.mul_(0.05 / (length + 1e-6))
     for group in opt.param_groups:
         group["lr"] = rate
     opt.step()
@@ -1010,8 +1012,10 @@ BY_VALUE = ["--steps", "6", "--repa", "0", "--flip", "--null", "0.5", "--warmup"
 
 @pytest.fixture
 def double(tmp_path, monkeypatch):
-    """A folder of its own, and float64 throughout."""
+    """A folder of its own, float64 throughout, and gradients cut to .05 where the paper's 1 would leave them as they are."""
     monkeypatch.chdir(tmp_path)
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda params, length: clip(params, 0.05 * length))
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -1302,7 +1306,8 @@ def test_init_begins_with_averaged_weights_of_other_data(trained, tmp_path, monk
     ar, text = (torch.load(trained / f"{name}/ar.pt", weights_only=True)["state"] for name in ("demo", "text"))
     averaged = {key: value for key, value in ar["ema"].items() if key != "condition.table.weight"}
     for path, gpt in (("ar.pt", averaged), ("tokenizer.pt", {})):
-        found = starts(monkeypatch, *other, "--init", str(trained / "demo" / path))
+        Path("init.pt").write_bytes((trained / "demo" / path).read_bytes())
+        found = starts(monkeypatch, *other, "--init", "init.pt")
         assert all(torch.equal(value, ar["tokenizer"][name]) for name, value in found[0].items())
         assert all(torch.equal(value, gpt.get(name, plain[1][name])) for name, value in found[1].items())
     found, = starts(monkeypatch, *other, "--stage", "ar", "--tokenizer", str(trained / "demo/tokenizer.pt"), "--init", str(trained / "demo/ar.pt"))
@@ -1315,6 +1320,7 @@ def test_init_begins_with_averaged_weights_of_other_data(trained, tmp_path, monk
                         (["--stage", "ar", "--tokenizer", str(trained / "demo/tokenizer.pt"), "--init", str(trained / "demo/tokenizer.pt")], "holds no GPT")):
         assert said in refused(run, [*other, *words, "--name", "new"], capsys), words
     assert made == {path for path in Path("runs/flextok").iterdir()}
+    Path("init.pt").unlink()
     run("--resume", "--name", "demo-2")                                 # the run's own weights win, and no file is wanted
 
 
