@@ -1269,7 +1269,8 @@ def test_reports_samples_and_checkpoints_hold_averaged_weights(trained, tmp_path
         assert all(torch.equal(value, saved[path]["state"][part][name]) for name, value in ours.items())
     ours = flextok.load_gpt(cfg, trained / "demo/ar.pt")
     assert all(torch.equal(value, saved["ar"]["state"]["ema"][name]) for name, value in ours.state_dict().items())
-    assert not any(p.requires_grad for p in ours.parameters())
+    frozen = [*ours.parameters(), *flextok.load_tokenizer(cfg, trained / "demo/ar.pt").parameters()]
+    assert not any(p.requires_grad for p in frozen)
     model, cfg = awake(flextok.Tokenizer(cfg)).float(), dataclasses.replace(cfg, cfg_scale=3.0)
     x = torch.from_numpy(data.open_data("shapes", "test", 8, count=cfg.count).images).float() / 127.5 - 1
     noise = torch.randn(100, 3, 8, 8, generator=stream(0, 0, "sample"))[:len(x)]

@@ -11,7 +11,6 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -563,40 +562,6 @@ def stored(scale):
             "verdict": judged(over <= 1.1 and before / after >= 1.4), "numbers": {"encoding": encoding, "step": seconds}}
 
 
-MEMORY = """
-import resource, sys
-sys.path.insert(0, {root!r})
-import common, flextok
-cfg = common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, sys.argv[1:])
-common.launch(flextok.main, cfg, flextok.check, flextok.prepare)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-
-
-def streams(scale):
-    """Peak memory of --encode and --export with 2,000 and with 40,000 images, of 64 tokens each and of 12 pixels."""
-    found, levels = {}, flextok.parse_levels(common.resolve(flextok.Config, flextok.PRESETS, "demo", {}).levels)
-    with tempfile.TemporaryDirectory() as folder:
-        words = "--steps 2 --stage tokenizer --encoder 1 --decoder 1 --registers 64 --count 10 --name small".split()
-        subprocess.run([sys.executable, str(ROOT / "flextok.py"), *words], cwd=folder, check=True, capture_output=True)
-        for count in (2000, 40_000):
-            pictures = np.random.default_rng(0).integers(0, 256, (count, 12, 12, 3), np.uint8)
-            np.savez(Path(folder, f"{count}.npz"), images=pictures, labels=np.arange(count) % 10)
-            tokens = np.zeros((count, 1), np.int32)
-            np.savez(Path(folder, f"tokens-{count}.npz"), ids=tokens, levels=np.array(levels))
-            asked = {"--encode": ["--data", f"npz:{count}.npz"],
-                     "--export": ["--decode", f"tokens-{count}.npz", "--count", str(count), "--num_steps", "1", "--cfg_scale", "1"]}
-            for flag, more in asked.items():
-                words = ["--sample", "runs/flextok/small/tokenizer.pt", flag, "out.npz", *more]
-                code = [sys.executable, "-c", MEMORY.format(root=str(ROOT)), *words]
-                out = subprocess.run(code, cwd=folder, check=True, capture_output=True, text=True).stdout
-                found.setdefault(flag, []).append(float(out.split()[-1]))
-    grown = {flag: large - small for flag, (small, large) in found.items()}
-    return {"claim": "--encode and --export take as much memory for 40,000 images as for 2,000, to 64 MiB", "paper": "no paper's",
-            "measured": "; ".join(f"{flag} {small:.0f} and {large:.0f} MiB at their peak" for flag, (small, large) in found.items()),
-            "verdict": judged(max(grown.values()) <= 64), "numbers": found}
-
-
 def gpu(scale):
     """Images a second and utilisation of d12-d12 training in bf16, compiled; needs a CUDA GPU."""
     if not torch.cuda.is_available():
@@ -745,6 +710,6 @@ def released(scale):
             "verdict": judged(worst <= 1, worst > 1), "numbers": numbers}
 
 
-ROWS = [stored, streams, cache, any_length, flow_or_regression, flat, fixed_lengths, text, complexity, order, laws, alignment,
+ROWS = [stored, cache, any_length, flow_or_regression, flat, fixed_lengths, text, complexity, order, laws, alignment,
         one_or_two_dimensions, scaling, gpu, released]
 LONG = [released]                                    # in a quick look only when named: it wants the authors' package
