@@ -32,6 +32,7 @@ Read in this order: schedule, Pipeline (step, run, worker, do_forward to do_back
 """
 
 import copy
+import itertools
 import math
 import os
 import queue
@@ -155,28 +156,37 @@ class BatchNorm(nn.BatchNorm2d):
         self.moments.append((n, mean, var))
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, 1.0, self.eps)      # (B, C, h, w)
 
-    def commit(self):
-        """Move the running averages, behind the last micro-batch of all replicas (G11).
 
-        Without momentum, as torch has it, they are averages over all mini-batches so far.
-        """
-        if not self.moments:                # nothing came by, or no averages are kept
-            return
-        n, means, variances = zip(*self.moments)
-        n = torch.tensor(n, dtype=torch.float64, device=means[0].device)                             # (M)
-        mean = torch.stack(means).double()                                                        # (M, C)
-        var = torch.stack(variances).double()                                                     # (M, C)
-        s1 = n @ mean                                                                                # (C)
-        s2 = (n - 1) @ var + n @ mean.square()                                                       # (C)
-        n, s1, s2 = common.average(torch.stack([n.sum().expand_as(s1), s1, s2]))           # (C), (C), (C)
-        mean = s1 / n                                                                                # (C)
-        var = s2 / n - mean.square()        # cancels, hence float64                                 # (C)
-        self.num_batches_tracked += 1
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / self.num_batches_tracked.double()
-        self.running_mean += momentum * (mean - self.running_mean)
-        self.running_var += momentum * (var - self.running_var)
+@torch.no_grad()
+def commit(norms):
+    """Move the running averages of a device's BatchNorms, behind the last micro-batch of all replicas (G11).
+
+    All at once, channel beside channel: one layer after another would take as long as a small layer itself.
+    Without momentum, as torch has it, they are averages over all mini-batches so far.
+    """
+    norms = [norm for norm in norms if norm.moments]            # something came by, and averages are kept
+    if not norms:
+        return
+    counts, means, variances = zip(*itertools.chain(*(norm.moments for norm in norms)))
+    mean = torch.cat(means).double()        # of all layers and micro-batches
+    var = torch.cat(variances).double()
+    n = torch.as_tensor(np.repeat(counts, [len(part) for part in means])).to(mean)
+    sums = torch.stack([n, n * mean, (n - 1) * var + n * mean.square()])
+    # over the micro-batches of each layer
+    channels = [norm.num_features for norm in norms]
+    layers = sums.split([C * len(norm.moments) for norm, C in zip(norms, channels)], 1)
+    sums = [layer.unflatten(1, (-1, C)).sum(1) for layer, C in zip(layers, channels)]
+    n, s1, s2 = common.average(torch.cat(sums, 1))
+    mean = s1 / n
+    var = s2 / n - mean.square()            # cancels, hence float64
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    momenta = [1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+               for norm in norms]
+    momentum = torch.as_tensor(np.repeat(momenta, channels)).to(mean)
+    for name, now in (("running_mean", mean), ("running_var", var)):
+        running = [getattr(norm, name) for norm in norms]
+        old = torch.cat(running)
+        torch._foreach_copy_(running, (old + momentum * (now - old)).split(channels))
 
 
 # An AmoebaNet cell. States 0 and 1 are the outputs of the last cell (`current`) and of the one before it
@@ -757,7 +767,8 @@ class Pipeline:
             for tensor in [*stage.parameters(), *stage.buffers()]:
                 alone = stage_of.setdefault(id(tensor), k) == k
                 common.require(alone, "two stages share a parameter: join their layers")
-        self.norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+        self.norms = [[layer for layer in stage.modules() if isinstance(layer, BatchNorm)]
+                      for stage in self.stages]
         self.compute_streams = [self.make_stream(device) for device in self.devices]
         # caller -0- stage 0 -1- stage 1 -2- ... -K- loss: channel k of either direction joins k - 1 and k
         sides = [self.devices[0], *self.devices, self.devices[-1]]
@@ -780,8 +791,8 @@ class Pipeline:
         training step. Returns (loss, output, gradient of the inputs). Raises what a stage raised.
         """
         batch = self.run(inputs, loss_fn, number)
-        for norm in self.norms:
-            norm.commit()
+        for norms in self.norms:
+            commit(norms)
         gradients = [self.backward_channels[0].get() for _ in range(batch.M)]
         gradients.reverse()                 # the last micro-batch came first
         return batch.loss, batch.output, gather(gradients)
@@ -803,10 +814,11 @@ class Pipeline:
         autocast = (first.type, torch.get_autocast_dtype(first.type), torch.is_autocast_enabled(first.type))
         batch = Minibatch(loss_fn, number, len(pieces), recomputed, autocast)
         self.minibatch = batch
-        self.model.train(batch.training)
+        if self.model.training != batch.training:
+            self.model.train(batch.training)
         if recomputed and not self.probed:
             self.probe(pieces[0], batch)
-        for norm in self.norms:
+        for norm in itertools.chain(*self.norms):
             norm.moments.clear()
         for channel in self.forward_channels + self.backward_channels:
             channel.open()

@@ -524,6 +524,34 @@ def test_batch_norm_without_momentum_averages_over_all_mini_batches():
     assert ours.num_batches_tracked == torchs.num_batches_tracked == 3
 
 
+def test_batch_norms_of_different_momenta_and_counts_move_together():
+    """One at rest, one without momentum, one that sees every micro-batch twice; a step at a time, as each alone would."""
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = gpipe.BatchNorm(2, momentum=0.5).double()
+
+        def forward(self, x):
+            return self.norm(self.norm(x) * 2)
+
+    model = nn.Sequential(gpipe.BatchNorm(2, momentum=0.0).double(), gpipe.BatchNorm(2, momentum=None).double(), Again())
+    x = torch.randn(6, 2, 3, 3, dtype=torch.float64) * 3 + 1
+    pipe = gpipe.Pipeline(model, [3], CPU, 2, "always")
+    pipe.step(x, torch.sum)
+    assert torch.equal(model[0].running_mean, torch.zeros(2)) and torch.equal(model[0].running_var, torch.ones(2))
+    first = torch.cat([F.batch_norm(piece, None, None, training=True) for piece in x.chunk(2)])
+    assert (model[1].running_mean - first.mean((0, 2, 3))).abs().max() <= 1e-12
+    assert (model[1].running_var - first.var((0, 2, 3), correction=0)).abs().max() <= 1e-12
+    seen = []
+    model[2].norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    before = model[2].norm.running_mean.clone()
+    pipe.mode = "never"
+    pipe.step(x + 1, torch.sum)
+    expected = 0.5 * before + 0.5 * torch.cat(seen).mean((0, 2, 3))
+    assert len(seen) == 4 and (model[2].norm.running_mean - expected).abs().max() <= 1e-12
+    assert [int(norm.num_batches_tracked) for norm in (model[0], model[1], model[2].norm)] == [2, 2, 2]
+
+
 def test_batch_norm_that_tracks_nothing_or_never_runs():
     bare, idle = gpipe.BatchNorm(3, track_running_stats=False), gpipe.BatchNorm(3)
     layer = Returns(lambda x: x)

@@ -29,7 +29,7 @@ CODE_LINES = {                                      # a line a file, so that cha
     "data": 1005,
     "detailflow": 882,
     "flextok": 861,
-    "gpipe": 975,
+    "gpipe": 984,
     "slimfit": 831,
     "vitok": 902,
 }
