@@ -1373,6 +1373,19 @@ def test_D19_noise_of_an_image_is_the_same_in_every_epoch(tmp_path, monkeypatch)
     assert len({s for _, s, _ in starts}) > 3
 
 
+def test_muon_takes_the_matrices_of_the_blocks_alone():
+    cfg = config(muon=3.0)
+    model, disc, ar = detailflow.Tokenizer(cfg, 4), detailflow.make_discriminator(4), detailflow.AR(cfg, 5)
+    adam, muon = detailflow.optimizer_tokenizer(model, disc, cfg).param_groups
+    matrices = [p for half in (model.encoder, model.decoder) for p in half.blocks.parameters() if p.ndim == 2]
+    assert {*muon["params"]} == {*matrices} and muon["factor"] == 3 and muon["weight_decay"] == 0
+    assert {*adam["params"]} == {*model.parameters(), *disc.parameters()} - {*matrices}
+    decayed, plain, muon = detailflow.optimizer_ar(ar, cfg).param_groups
+    assert {*muon["params"]} == {p for p in ar.blocks.parameters() if p.ndim == 2} and muon["weight_decay"] == 0.05
+    assert {*decayed["params"]} == {ar.table.weight, ar.label.weight, ar.head.weight, ar.masks}
+    assert all(p.ndim == 1 for p in plain["params"]) and detailflow.Config().muon == 0
+
+
 def test_D20_learning_rates_by_value():
     """D20 by its formula, at first, last and turning steps."""
     cosine = lambda t, end: end + (1 - end) * (1 + math.cos(math.pi * t)) / 2
