@@ -1297,6 +1297,7 @@ def test_teachers_and_rulers_read_pictures_of_one_side(tmp_path, monkeypatch):
         assert features(x).shape == features(torch.zeros(2, 3, 32, 32)).shape
     monkeypatch.chdir(tmp_path)
     read, original, asked = [], common.accuracy, []
+    monkeypatch.setattr(detailflow.open_split, "__defaults__", (40,))
     ruler = common.Judge(3, 8, 10, 32).eval().requires_grad_(False)
     monkeypatch.setattr(common, "judge", lambda split, role: asked.append((split.images, role)) or ruler)
     monkeypatch.setattr(common, "accuracy", lambda ruler, x, y: read.append((x, y)) or original(ruler, x, y))
