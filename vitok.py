@@ -1129,7 +1129,7 @@ def in_class(ruler, x, labels):
 def reconstruct(cfg, tokenizer, ruler=None):
     """Test clips x and reconstructions y through z = mean, the first ten, and the means over --count of them.
 
-    psnr: V28. With a ruler, decoded and real: the shares of y and of x that it puts into their class. All
+    psnr: V28. With a ruler, accuracy_decoded, accuracy_real: the shares of y, x put into their class. All
     processes share the work. Official code differs: one PSNR from the squared error of a whole batch, which
     comes out lower.
     """
@@ -1144,8 +1144,8 @@ def reconstruct(cfg, tokenizer, ruler=None):
         found = {"psnr": 10 * (4 / error).log10().cpu()}
         if ruler:
             labels = torch.from_numpy(test.labels[index])
-            found["decoded"] = in_class(ruler, y, labels)
-            found["real"] = in_class(ruler, x, labels)
+            found["accuracy_decoded"] = in_class(ruler, y, labels)
+            found["accuracy_real"] = in_class(ruler, x, labels)
         return x[:10].cpu(), y[:10].cpu(), found
 
     blocks = list(common.share_blocks(measure, min(cfg.count, len(test))))

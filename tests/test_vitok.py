@@ -1146,7 +1146,7 @@ def test_figures_and_pictures_of_a_run_that_is_not_short(trained, monkeypatch, c
     cfg = common.cli(vitok.Config, vitok.PRESETS, "", ["--sample", "runs/vitok/image/dit.pt", "--count", "120"])
     cfg = dataclasses.replace(cfg, steps=100, sample="")
     result = vitok.report(cfg, trained / "runs/vitok/image/dit.pt")
-    assert asked == ["judge", "ruler", "test", "train"] and list(result) == ["psnr", "decoded", "real", "accuracy"]
+    assert asked == ["judge", "ruler", "test", "train"] and list(result) == ["psnr", "accuracy_decoded", "accuracy_real", "accuracy"]
     test, saved = opened(cfg, "test", 120), torch.load("runs/vitok/image/dit.pt", weights_only=True)["state"]
     tokenizer, generator = vitok.Autoencoder(cfg), vitok.DiT(cfg, 10)
     tokenizer.load_state_dict(saved["tokenizer"])
@@ -1159,7 +1159,7 @@ def test_figures_and_pictures_of_a_run_that_is_not_short(trained, monkeypatch, c
         drawn = tokenizer.decoder(torch.cat(z)).clamp(-1, 1)
     want = [10 * math.log10(4 / np.mean((a - b) ** 2)) for a, b in zip(x.double().numpy(), y.double().numpy())]
     assert result["psnr"] == pytest.approx(np.mean(want), rel=1e-5)
-    for name, images, classes in (("decoded", y, test.labels), ("real", x, test.labels), ("accuracy", drawn, labels)):
+    for name, images, classes in (("accuracy_decoded", y, test.labels), ("accuracy_real", x, test.labels), ("accuracy", drawn, labels)):
         guessed = (images[:, :, 0].mean((1, 2, 3)) * 1e5).long() % 10
         assert result[name] == pytest.approx((guessed == torch.as_tensor(classes)).double().mean().item(), abs=1e-6), name
     assert (cells(shown["reconstructions.png"]) == cells(torch.cat((x[:10], y[:10])))).all()
@@ -1352,7 +1352,7 @@ def test_sampling_never_touches_the_run(trained, stage, monkeypatch):
 # --- Training loops by value -------------------------------------------------------
 
 LOOPS = dict(size=8, model="12x1x2-12x2x2/4", channels=2, disc=4, dit="12x1x2", batch=4, batch_decoder=6, batch_dit=8, lr=0.5,
-             lr_disc=0.4, lr_dit=0.3, gan=0.5, kl=0.3, perceptual=0.7, label_dropout=0.4, flip=True, ema=0.9, steps=20,
+             lr_disc=0.4, lr_dit=0.3, muon=0.0, gan=0.5, kl=0.3, perceptual=0.7, label_dropout=0.4, flip=True, ema=0.9, steps=20,
              steps_ae=34, steps_decoder=20, steps_dit=20, num_steps=3, count=10, seed=3, log=5, save=100)
 
 

@@ -18,7 +18,7 @@ TINY = {
     "gpipe": dict(data="numbers:30", layers=1, width=16, hidden=16, heads=1, stages=2, micro=2, steps=6, batch=8,
                   warmup=2, lr=1e-5, log=2, save=3),
     "vitok": dict(size=8, model="12x1x2-12x2x2/4", channels=2, disc=4, dit="12x1x2", steps=6, batch=4, lr=0.1,
-                  num_steps=3, count=10, cfg_scale=2.0, ema=0.9, log=2, save=3),
+                  num_steps=3, count=10, cfg_scale=2.0, ema=0.9, muon=0.0, log=2, save=3),
     "slimfit": dict(family="vit", image=8, patch=4, width=16, depth=1, heads=2, classes=10, keep=1.0, pretrain=4,
                     compare="0.5", steps=6, batch=4, lr=1e-3, log=2, save=3),
     "flextok": dict(size=8, patch=4, registers=4, encoder=1, decoder=2, gpt=1, head=8,
@@ -37,7 +37,7 @@ VARIANTS = {
     "arflow": [["--block", "sit", "--images", "1"]],
     "gpipe": [["--model", "amoebanet-d", "--data", "shapes", "--size", "8", "--layers", "3", "--width", "4"],
               ["--plan"], ["--plan", "--model", "lm"], ["--emulate", "0.001"]],
-    "vitok": [["--masked", "--cfg_scale", "1", "--eta", "1"], ["--latents", "3", "--recompute"],
+    "vitok": [["--masked", "--cfg_scale", "1", "--eta", "1"], ["--latents", "3", "--recompute", "--muon", "3"],
               ["--frames", "2", "--model", "12x1x2-12x2x2/2x4"], ["--no-variational", "--stage", "ae"]],
     "slimfit": [["--keep", "0.1", "--scaled"], ["--keep", "0.5", "--no-products", "--no-probabilities"]],
 }
