@@ -1,8 +1,9 @@
-"""python -m tests.audit [FILE ...] [--write]    from every equation to its code, its tests and the authors' numbers
+"""python -m tests.audit [FILE ...] [--write] [--trace]    from every equation to its code, its tests, the authors' numbers
 
 For each label of a file: its equation, the lines that compute it, the tests that name it, and the golden case that pins
 it, an array that the authors' own code has made (../shared/goldens; where that is absent, as stored here). Exit code 1
 if any of them is missing. --write also renews assets/audit/FILE.md, in which lines stand without their numbers.
+--trace runs the golden tests and names the lines that the test of their equation does not execute.
 
 What the texts of the code and of the tests tell is read from them: equations, line numbers, the tests. What nothing
 but reading can tell stands below in TRAIL, a line a label:
@@ -18,12 +19,14 @@ import functools
 import re
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 from tests import ROOT
 
 import numpy as np
+import pytest
 
 LETTERS = {"arflow": "A", "flextok": "F", "detailflow": "D", "vitok": "V", "slimfit": "SI", "gpipe": "G"}
 FOLDER = ROOT / "assets" / "audit"
@@ -359,6 +362,48 @@ def show(name, rows):
         print()
 
 
+class Trace:
+    """A pytest plugin: {test: the (file, line) pairs of the repository's files that it executes}, in all threads."""
+
+    def __init__(self):
+        self.lines = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        seen = self.lines.setdefault(item.originalname, set())
+
+        def line(frame, event, _):
+            seen.add((Path(frame.f_code.co_filename).name, frame.f_lineno))
+            return line
+
+        def call(frame, event, _):
+            return line if Path(frame.f_code.co_filename).parent == ROOT else None
+
+        sys.settrace(call)
+        threading.settrace(call)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+
+
+def untouched(name, rows):
+    """What the golden tests of a file do not execute of their equations' lines, as a list of lines to print."""
+    pinned = {row.label: row.golden.split(" > ")[1].split(" ")[0] for row in rows if " > " in row.golden}
+    trace = Trace()
+    tests = [f"{ROOT}/tests/test_{name}.py::{test}" for test in sorted(set(pinned.values()))]
+    pytest.main([*tests, "-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", f"--rootdir={ROOT}"], plugins=[trace])
+    found = []
+    for row in rows:
+        for function, _, lines in row.code if row.label in pinned else ():
+            module = function.split(".")[0] if function.startswith(("data.", "common.")) else name
+            places = [(f"{module}.py", number) for number, _ in lines]
+            if not trace.lines.get(pinned[row.label], set()).intersection(places):
+                found.append(f"{row.label}: {pinned[row.label]} does not execute {function}: {lines[0][1]}")
+    return found
+
+
 def cell(texts, mark=""):
     """Texts as one cell of a Markdown table, a line each."""
     return "<br>".join(mark + text.replace("|", "\\|") + mark for text in texts)
@@ -407,6 +452,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=textwrap.dedent(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", default=[], metavar="FILE", help=", ".join(LETTERS))
     parser.add_argument("--write", action="store_true", help="renew assets/audit/FILE.md")
+    parser.add_argument("--trace", action="store_true", help="which lines the golden tests execute")
     given = parser.parse_args(argv)
     unknown = [name for name in given.files if name not in LETTERS]
     if unknown:
@@ -416,6 +462,8 @@ def main(argv=None):
         rows = audit(name)
         show(name, rows)
         missing += sum(len(row.faults) for row in rows)
+        if given.trace:
+            print("\n".join([*untouched(name, rows), ""]))
         if given.write:
             FOLDER.mkdir(parents=True, exist_ok=True)
             Path(FOLDER / f"{name}.md").write_text(table(name, rows))
