@@ -122,8 +122,8 @@ def torture(method, kills, seed):
     runs = done = 0
     while done < kills:
         name = f"killed-{runs}"
-        # Lives are shorter than a run by far, but long enough, on average, to reach a next checkpoint.
-        code = wait(live(method, words_of(method, name)), chance.uniform(0, whole / 2))
+        # Any moment of an undisturbed run; most lives end before it does, and some in the middle of a write.
+        code = wait(live(method, words_of(method, name)), chance.uniform(0, whole))
         folder = Path("runs", method, name)
         if code is None:
             done += 1
