@@ -1426,6 +1426,11 @@ def test_codes_are_renewed():
     kept = model.vq.use.new_tensor([0, 2, 4, 5]).long()
     assert torch.equal(model.vq.codes[kept], codes[kept]) and not torch.equal(model.vq.codes[[1, 3]], codes[[1, 3]])
     close((u @ model.vq.codes[[1, 3]].T).amax(0), torch.ones(2), 1e-5)
+    codes = model.vq.codes.clone()
+    detailflow.renew_codes(model, dataset, dataclasses.replace(cfg, steps=25), 20)
+    assert torch.equal(model.vq.codes, codes)                           # past 70 % of the steps none is renewed
+    detailflow.renew_codes(model, dataset, dataclasses.replace(cfg, steps=12), 10)
+    assert not torch.equal(model.vq.codes, codes)                       # but for the first time, however late
 
 
 def test_initial_weights():

@@ -376,10 +376,13 @@ def test_the_published_runs(preset, lr, rate, batch, tokens, seed):
     assert (cfg.adam == "torch") == (preset == "imagenet") and cfg.freeze_head == (preset not in ("cifar10", "stsb"))
 
 
-def test_the_count_survives_rounding():
-    for t in range(1, 200):
-        for percent in range(100):
-            assert int(percent / 100 * t + 1e-9) == percent * t // 100
+def test_the_count_survives_rounding(monkeypatch):
+    """At all counts and rates where rate times count comes out below the whole number that it is."""
+    hard = [(t, percent) for t in range(1, 200) for percent in range(100) if int(percent / 100 * t) < percent * t // 100]
+    assert len(hard) > 5
+    for t, percent in hard:
+        monkeypatch.setattr(slimfit, "eligible", lambda model, cfg, t=t: dict.fromkeys(range(t)))
+        assert slimfit.Scheduler(None, config(rate=percent / 100)).k == t - percent * t // 100
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.75, 0.9])
@@ -1615,6 +1618,18 @@ def test_finetuning_a_vit_by_value(tmp_path, monkeypatch, float64):
     tuned("full", 2, 9, 0, 0.005, slimfit.stock(cfg))
     for rate in (0.4, 0.8):
         tuned(f"rate-{rate}", 2, 9, rate, 0.02, dataclasses.replace(cfg, rate=rate))
+
+
+def test_the_policy_of_a_run_draws_by_its_steps(tmp_path, monkeypatch):
+    """--policy random by value: step i has the draws of (seed, i)."""
+    monkeypatch.chdir(tmp_path)
+    command("--image", "8", "--width", "8", "--depth", "1", "--heads", "2", "--batch", "2", "--pretrain", "1", "--compare", "0.5",
+            "--steps", "3", "--policy", "random", "--seed", "4", "--name", "run")
+    history = torch.load("runs/slimfit/run/rate-0.5.pt", weights_only=True)["state"]["scheduler"]["history"]
+    t = history.shape[1]
+    for step, row in enumerate(history):
+        chosen = torch.randperm(t, generator=common.make_generator(4, step, "policy"))[:t - t // 2]
+        assert row.nonzero().flatten().tolist() == sorted(chosen.tolist())
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
