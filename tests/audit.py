@@ -172,7 +172,7 @@ G7  | Pipeline.do_backward: torch.autograd.backward( ; schedule: in reversed(for
 G8  | Pipeline.do_backward: torch.autograd.backward( ; Pipeline.step: batch = self.run( | transparency: grad/0.weight traj_rmsprop_losses > test_golden_trajectories
 G9  | Pipeline.do_forward: batch.stash[m, k] = ; Pipeline.do_backward: batch.stash.pop( && batch.interior.pop( ; footprint: interiors = | - memory: no array holds it, the tests count what is alive
 G10 | bubble: (K - 1) / (M + K - 1) | - a count of idle units, which the tests take from the schedule
-G11 | BatchNorm.commit: var = && self.running_mean += && self.running_var += | batchnorm_pipeline: M4_defer1_always/1.running_mean M4_defer1_except_last/1.running_var > test_golden_batch_norm
+G11 | commit: var = && momentum * (now - old) | batchnorm_pipeline: M4_defer1_always/1.running_mean M4_defer1_except_last/1.running_var > test_golden_batch_norm
 G12 | speed_up: M * sum(loads) | - derived here; the tests hold it against the schedule's makespan
 G13 | pair_weights: n[dataset.direction] ** | - a law of random numbers, which no array can pin
 G14 | transformer: nn.init.normal_( | - a law of random numbers, which no array can pin

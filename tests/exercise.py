@@ -32,7 +32,7 @@ LEVELS = {
     "detailflow": ("spans,group_causal", "group_causal,AR.embed,spans,generate", "VQ.forward,Tokenizer.correct,loss_ar,loss_disc"),
     "vitok": ("bottleneck,kl_term,ramp", "rope_angles,rotary_table,rotate", "loss_dit,variational_bound,guided,sample"),
     "slimfit": ("quantise,restore", "relative_change,choose,Scheduler.freeze,Scheduler.measure", "pack4,Norm.forward,Norm.backward,AdamW.step,learning_rate"),
-    "gpipe": ("clock_cycles,bubble", "partition,schedule", "schedule,scatter,Pipeline.do_loss,Pipeline.do_backward,BatchNorm.commit"),
+    "gpipe": ("clock_cycles,bubble", "partition,schedule", "schedule,scatter,Pipeline.do_loss,Pipeline.do_backward,commit"),
 }
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".pytest_cache", ".ruff_cache", "samples")
 CHECK = '''"""python check.py [--solution]: what is right in {file}.py, equation by equation."""
