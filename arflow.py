@@ -471,8 +471,8 @@ def sample_blocks(model, cfg, labels):
         return x.cpu(), torch.stack([trajectory[i] for i in snapshots], 1)
 
     blocks = common.share_blocks(make, len(labels), 100)
-    silent = len(labels) <= 100 or common.rank() > 0
-    yield from tqdm(blocks, "sampling", math.ceil(len(labels) / 100), disable=silent, leave=False)
+    hidden = len(labels) <= 100 or common.rank() > 0 or None            # None: unless it is a terminal
+    yield from tqdm(blocks, "sampling", math.ceil(len(labels) / 100), disable=hidden, leave=False)
 
 
 def sample_many(model, cfg, labels):

@@ -1092,7 +1092,7 @@ def test_the_exit_code_is_that_of_the_end(tmp_path, monkeypatch):
     assert arflow.train(cfg) == arflow.train(dataclasses.replace(cfg, resume=True)) == 7 and seen == [0, 2]
 
 
-def test_ranks_share_the_samples(trained, tmp_path, monkeypatch):
+def test_ranks_share_the_samples(trained, tmp_path, monkeypatch, capsys):
     """Blocks of 100, each of its own generator; ranks behind the first make theirs and write nothing."""
     model, cfg, labels = network().float(), config(num_steps=2, seed=3), np.arange(250) % 5
     blocks = [images for images, _ in arflow.sample_blocks(model, cfg, labels)]
@@ -1101,6 +1101,7 @@ def test_ranks_share_the_samples(trained, tmp_path, monkeypatch):
         g = common.make_generator(3, first, "sample")
         alone, _ = arflow.sample(model, torch.as_tensor(labels[first:first + 100]), g, 2, 1.5)
         assert torch.equal(alone, images)
+    assert not capsys.readouterr().err                                          # no bar where no terminal is
     monkeypatch.chdir(tmp_path)
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__,
                      ["--sample", str(trained / "last.pt"), "--gpus", "2", "--count", "130", "--out", "here"])
