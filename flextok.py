@@ -31,7 +31,6 @@ import copy
 import dataclasses
 import functools
 import math
-import re
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -112,8 +111,9 @@ class Config:   # defaults are published, or marked: "reported", "paper unknown"
     out: str = ""                           # folder for what --sample writes; default: samples/ beside it
     log: int = 100                          # >= 1: steps between log lines
     save: int = 5000                        # >= 1: steps between checkpoints
-    sampling: ClassVar = ("data", "objects", "num_steps", "cfg_scale", "cfg_schedule", "apg", "cfg_scale_ar",
-        "temperature", "top_k", "top_p", "keep", "classes", "prompt", "count", "encode", "decode", "export")
+    sampling: ClassVar = (                  # what --sample may change
+        "data", "objects", "num_steps", "cfg_scale", "cfg_schedule", "apg", "cfg_scale_ar", "temperature",
+        "top_k", "top_p", "keep", "classes", "prompt", "count", "encode", "decode", "export", "gpus")
 
 
 # --- Building blocks ---------------------------------------------------------
@@ -128,7 +128,7 @@ class Config:   # defaults are published, or marked: "reported", "paper unknown"
 
 def parse_levels(text):
     """FSQ levels "8,8,8,5,5,5" as a tuple; UserError."""
-    levels = [int(word) if re.fullmatch("[0-9]+", word) else 0 for word in text.split(",")]
+    levels = [int(word) if word.isascii() and word.isdigit() else 0 for word in text.split(",")]
     fine = min(levels) > 1 and math.prod(levels) < 2 ** 31
     common.require(fine, f"--levels {text}: write numbers above 1, as 8,8,8,5,5,5, of product below 2^31")
     return tuple(levels)
@@ -1033,7 +1033,7 @@ def train(cfg):
 def num_kept(cfg):
     """How many tokens --keep names; UserError."""
     number = str(cfg.registers) if cfg.keep == "all" else cfg.keep
-    fine = re.fullmatch("[1-9][0-9]*", number) and int(number) <= cfg.registers
+    fine = number.isascii() and number.isdigit() and 1 <= int(number) <= cfg.registers
     common.require(fine, f"--keep {cfg.keep}: give all, or 1 to {cfg.registers}")
     return int(number)
 

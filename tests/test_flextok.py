@@ -1389,6 +1389,7 @@ def test_processes_share_what_a_checkpoint_is_asked_for(trained, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(flextok.open_split, "__defaults__", (350,))
     cfg = flextok.Config(**torch.load(trained / "demo/ar.pt", weights_only=True)["config"])
+    assert common.cli(flextok.Config, flextok.PRESETS, "", ["--sample", str(trained / "demo/ar.pt"), "--gpus", "3"]).gpus == 3
     for field, path in (("encode", "tokens.npz"), ("export", "pictures.npz"), ("export", "pictures"), ("out", "here")):
         asked = {count: dataclasses.replace(cfg, sample=str(trained / "demo/ar.pt"), count=230, **{field: f"{count}-{path}"}) for count in (1, 3)}
         flextok.use_checkpoint(asked[1])
