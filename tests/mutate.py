@@ -74,7 +74,7 @@ FAULTS = {
         ("shard_noise", 'f"{stream} {k}" if k else stream', "stream", "every 64 samples have the same noise", "noise_in_shards"),
         ("average_gradients", ".div_(world())", "", "gradients are sums over the ranks", "buckets"),
         ("Run.restore", 'self.sums = saved["sums"]', "self.sums = {}", "a resumed run forgets what it had summed up to log", "resume_is_bitwise"),
-        ("Run.restore", "read_log(self.log_path, step)", "read_log(self.log_path, self.total)", "a resumed run keeps log lines of steps that it does again", "resume_is_bitwise or damaged_log or logged"),
+        ("Run.restore", "read_log(self.log_path, step)", "read_log(self.log_path, self.total)", "a resumed run keeps log lines of steps that it does again", "each_step_once"),
         ("Run.restore", "{**objects, **frozen}", "{**objects}", "a checkpoint lacks the frozen stage that it was trained on", "earlier_stage or stage"),
         ("Run.due", "(step + 1) % every", "step % every", "checkpoints and log lines come a step late", "resume_is_bitwise or logged"),
         ("Run.save", "ReduceOp.MAX", "ReduceOp.MIN", "a signal to one rank is overlooked", "two_processes"),

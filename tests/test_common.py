@@ -602,6 +602,22 @@ def test_ctrl_c_saves_and_resume_equals_the_uninterrupted_run(toy, run):
     assert log_lines("stopped") == log_lines("whole")
 
 
+def test_a_crash_between_two_checkpoints_leaves_each_step_once_in_the_log(run, monkeypatch):
+    original = common.Run.log
+
+    def dies(self, step, **values):
+        if step == 6:
+            raise SystemExit(9)
+        original(self, step, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "log", dies)
+        assert run("--log", 1, "--name", "cut")[0] == 9
+    assert [line["step"] for line in log_lines("cut")] == [1, 2, 3, 4, 5, 6] and saved("cut")["step"] == 4
+    assert run("--resume", "--name", "cut")[0] == run("--log", 1, "--name", "whole")[0] == 0
+    assert log_lines("cut") == log_lines("whole") and same_state(saved("cut")["state"], saved("whole")["state"])
+
+
 # --- Atomic files --------------------------------------------------------------
 
 def test_a_full_disk_leaves_the_old_checkpoint(run, monkeypatch):
