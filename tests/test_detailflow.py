@@ -1189,6 +1189,22 @@ def test_tokenizer_training_by_value(tmp_path, monkeypatch, double):
             close(saved["state"][name][key], means if key == "means" else tensor, 1e-9)
 
 
+def test_the_gradients_of_both_networks_are_cut_each_at_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cut, original = [], torch.nn.utils.clip_grad_norm_
+
+    def noted(params, most):
+        params = [*params]
+        cut.append((sum(p.numel() for p in params), most))
+        return original(params, most)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    run(*tiny(stage="tokenizer", steps=1, batch=2, align=0.0))
+    state = torch.load("runs/detailflow/demo/tokenizer.pt", weights_only=True)["state"]
+    count = lambda name, *buffers: sum(value.numel() for key, value in state[name].items() if key not in buffers)
+    assert cut == [(count("tokenizer", "vq.use"), 1.0), (count("disc", "means"), 1.0)]
+
+
 @pytest.mark.parametrize("crops", [0, 2])
 def test_ar_training_by_value(crops, tmp_path, monkeypatch, double):
     """D16, D19, D20 in a loop of its own: rates that rise for 1.1 of 22 steps; noise of each image for ever;
