@@ -1336,6 +1336,18 @@ def test_init_of_states_keeps_the_new_empty_one(trained, tmp_path, monkeypatch):
     assert torch.equal(model["text.0.weight"], first["text.0.weight"])
 
 
+@pytest.fixture(scope="module")
+def lively(trained):
+    """Checkpoints of both stages like the trained ones, but with weights by which images, tokens and labels matter."""
+    saved = torch.load(trained / "demo/ar.pt", weights_only=True)
+    cfg = flextok.Config(**saved["config"])
+    gpt = flextok.GPT(cfg, saved["classes"], torch.tensor(-1))
+    saved["state"] |= {"tokenizer": awake(flextok.Tokenizer(cfg)).float().state_dict(), "ema": awake(gpt).float().state_dict()}
+    torch.save(saved, trained / "lively.pt")
+    torch.save(saved | {"state": {"ema": saved["state"]["tokenizer"]}}, trained / "lively-tokenizer.pt")
+    return trained / "lively.pt"
+
+
 def exported(*words):
     """The pictures that --export writes, uint8 (M, H, W, 3)."""
     run(*words, "--export", "out.npz")
@@ -1344,13 +1356,13 @@ def exported(*words):
         return found["arr_0"]
 
 
-def test_export_of_samples_by_value(trained, tmp_path, monkeypatch):
+def test_export_of_samples_by_value(lively, tmp_path, monkeypatch):
     """F28, F33: sample i has the draws of its block and the label of its turn, whatever is drawn beside it; so has its prefix."""
     monkeypatch.chdir(tmp_path)
-    words = ["--sample", str(trained / "demo/ar.pt"), "--classes", "3,5,7"]
+    words = ["--sample", str(lively), "--classes", "3,5,7"]
     pictures = exported(*words, "--count", "130")
-    cfg = flextok.Config(**torch.load(trained / "demo/ar.pt", weights_only=True)["config"])
-    tokenizer, gpt = flextok.load_tokenizer(cfg, trained / "demo/ar.pt"), flextok.load_gpt(cfg, trained / "demo/ar.pt")
+    cfg = flextok.Config(**torch.load(lively, weights_only=True)["config"])
+    tokenizer, gpt = flextok.load_tokenizer(cfg, lively), flextok.load_gpt(cfg, lively)
     for first, count in ((0, 100), (100, 30)):
         u = torch.rand(100, 4, generator=stream(0, first, "tokens"))[:count]
         noise = torch.randn(100, 3, 8, 8, generator=stream(0, first, "sample"))[:count]
@@ -1366,12 +1378,13 @@ def test_export_of_samples_by_value(trained, tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("folder").iterdir()) == ["000000.png", "000001.png", "000002.png"]
 
 
-def test_export_of_reconstructions_and_of_tokens(trained, tmp_path, monkeypatch, capsys):
+def test_export_of_reconstructions_and_of_tokens(lively, tmp_path, monkeypatch, capsys):
     """A tokenizer's checkpoint: test images at --keep tokens; with --decode the rows of the file."""
     monkeypatch.chdir(tmp_path)
-    words = ["--sample", str(trained / "demo/tokenizer.pt")]
-    cfg = flextok.Config(**torch.load(trained / "demo/tokenizer.pt", weights_only=True)["config"])
-    model, test = flextok.load_tokenizer(cfg, trained / "demo/tokenizer.pt"), data.open_data("shapes", "test", 8, count=120)
+    lively = lively.with_name("lively-tokenizer.pt")
+    words = ["--sample", str(lively)]
+    cfg = flextok.Config(**torch.load(lively, weights_only=True)["config"])
+    model, test = flextok.load_tokenizer(cfg, lively), data.open_data("shapes", "test", 8, count=120)
     pictures = exported(*words, "--count", "120", "--keep", "2")
     ids = model.tokenize(test.pixels(range(120)))
     noise = torch.cat([torch.randn(100, 3, 8, 8, generator=stream(0, first, "sample")) for first in (0, 100)])[:120]
@@ -1384,14 +1397,14 @@ def test_export_of_reconstructions_and_of_tokens(trained, tmp_path, monkeypatch,
         assert said in refused(run, [*words, *more], capsys)
 
 
-def test_processes_share_what_a_checkpoint_is_asked_for(trained, tmp_path, monkeypatch):
+def test_processes_share_what_a_checkpoint_is_asked_for(lively, tmp_path, monkeypatch):
     """--encode and --export of three processes are one's, block by block; one of them draws pictures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(flextok.open_split, "__defaults__", (350,))
-    cfg = flextok.Config(**torch.load(trained / "demo/ar.pt", weights_only=True)["config"])
-    assert common.cli(flextok.Config, flextok.PRESETS, "", ["--sample", str(trained / "demo/ar.pt"), "--gpus", "3"]).gpus == 3
+    cfg = flextok.Config(**torch.load(lively, weights_only=True)["config"])
+    assert common.cli(flextok.Config, flextok.PRESETS, "", ["--sample", str(lively), "--gpus", "3"]).gpus == 3
     for field, path in (("encode", "tokens.npz"), ("export", "pictures.npz"), ("export", "pictures"), ("out", "here")):
-        asked = {count: dataclasses.replace(cfg, sample=str(trained / "demo/ar.pt"), count=230, **{field: f"{count}-{path}"}) for count in (1, 3)}
+        asked = {count: dataclasses.replace(cfg, sample=str(lively), count=230, **{field: f"{count}-{path}"}) for count in (1, 3)}
         flextok.use_checkpoint(asked[1])
         with monkeypatch.context() as patch:
             calls, tokenize, sample = [], flextok.Tokenizer.tokenize, flextok.sample
