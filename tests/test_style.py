@@ -26,7 +26,7 @@ FILES = [*METHODS, "common", "data"]
 CODE_LINES = {                                      # a line a file, so that changes do not collide
     "arflow": 457,
     "common": 1168,
-    "data": 1005,
+    "data": 1010,
     "detailflow": 882,
     "flextok": 861,
     "gpipe": 984,
