@@ -6,7 +6,7 @@ N tokens are an image, coarse to fine; the first n show it at R(n) pixels. A tra
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
 Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .044, class accuracy .95 (1 seed)
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
-          python detailflow.py --sample CHECKPOINT --classes 6 --keep 8  (or --encode, --decode, --export F.npz)
+          python detailflow.py --sample CHECKPOINT --classes 6 --keep 8  (or --encode, --decode, --export F)
 Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: the demo, which has Muon, too.
 Left out: VGG, DINO, SigLIP2: one --teacher is all three; the encoder starts at random, or from --tokenizer.
 Letters:  B images, b = B, or 2 B with the corrected ones (D7), C channels, R side, f patch, p patches a side,
