@@ -8,8 +8,8 @@ diffusion transformer (DiT) that makes codes; for it, more channels are not bett
     pixels -> tubelets of q x p x p -> encoder -> M tokens of c floats -> decoder -> tubelets -> pixels
                                        (light)         E = M c            (heavy)
 
-The demo reaches 22.7 dB (PSNR of 500 test images); 32 % of 500 samples show the shape asked for, of ten.
-Run:      python vitok.py                                   demo: shapes, three stages (138 s on one core)
+The demo reaches 23.6 dB (PSNR of 500 test images); 89 % of 500 samples show the shape asked for, of ten.
+Run:      python vitok.py                                   demo: shapes, three stages (117 s on one core)
           python vitok.py --gpus 2                          the same in two processes
           python vitok.py --preset sweep                    the study: ten codes, a table, a fit, a picture
           python vitok.py --preset clips                    eight moving frames a clip, animated pictures
@@ -19,7 +19,7 @@ Run:      python vitok.py                                   demo: shapes, three 
           python vitok.py --sample runs/vitok/demo/decoder.pt --export latents.npz     (or --decode)
 Faithful: both models, widths, losses, stages, optimizers, sampler; latent and masked variants (App. A.3).
           Where the authors' code of January 2025 departs from the paper, the paper is followed.
-Scaled:   all that presets demo and small set; --vgg is a small classifier by default, not VGG16.
+Scaled:   what presets demo (also Muon and kl 1e-2) and small set; --vgg is a small classifier by default.
 Left out: FID, FVD; random crops (only in the official code). In tests/claims: SSIM, baselines, figures.
 Letters:  B clips, T H W frames and pixels, q p tubelet, t h w token grid, N = t h w tokens, l latent tokens,
           M tokens of the code (N or l), c its channels, D width, H heads (in attention), d = D/H, b = B T,
@@ -776,7 +776,7 @@ TOY = dict(size=32, flip=False, model="72x1x6-72x2x6/8", batch=32, lr=1.2e-2, di
 PAPER = dict(bf16=True, batch_decoder=256, batch_dit=256, steps_dit=500_000)    # Tab. 6: dit XL, 4M steps
 VIDEO = dict(PAPER, frames=16, size=128, batch=256, batch_decoder=128)           # Tab. 5, UCF-101
 PRESETS = {
-    "demo": dict(TOY, channels=8, steps=600, steps_dit=1800),
+    "demo": dict(TOY, channels=8, steps=600, steps_dit=1500, kl=1e-2, muon=3.0, lr_dit=2e-2, cfg_scale=4.0),
     "sweep": dict(TOY, sweep="/8:1,2,4,8,16,32 /4:2,4,8,16", objects=4, perceptual=0.0, steps=1500),
     "clips": dict(TOY, model="72x1x6-72x2x6/2x8", frames=8, perceptual=0.0, steps=900, batch=16, lr=3e-3),
     "small": dict(data="cifar10", size=32, model="384x6x6-384x12x6/4", channels=8, dit="384x12x6", batch=256,
@@ -785,7 +785,8 @@ PRESETS = {
        for pair in ("S-S", "B-S", "S-B", "B-B", "S-L", "B-L", "L-L")},
     **{f"S-B/{tubelet}": dict(VIDEO, model=f"S-B/{tubelet}") for tubelet in ("4x8", "8x8", "4x16")},
     "S-B/16@512": dict(PAPER, model="S-B/16", size=512)}
-TARGET = dict(psnr=22.35, accuracy=0.13)    # mean - 4 s.d. of seeds 0 to 4: 22.73 +- .09, .326 +- .047
+# Seed 1, the only one yet: 23.57 dB, .890; less 4 s.d. of five seeds of an earlier preset: .09 dB, .047.
+TARGET = dict(psnr=23.2, accuracy=0.7)
 
 
 def stage_batch(cfg, stage):
