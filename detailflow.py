@@ -4,7 +4,7 @@ N tokens are an image, coarse to fine; the first n show it at R(n) pixels. A tra
     [patches | query 1 ... N] -> encoder -> codebook -> token 1 ... N        a query sees no later group
     [mask ... mask | token 1 ... n] -> decoder -> image of R(n) pixels       fewer tokens, fewer masks
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
-Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .044, class accuracy .95 (1 seed)
+Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .041 to .049, accuracy .93 to .96
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
           python detailflow.py --sample CHECKPOINT --classes 6 --keep 8  (or --encode, --decode, --export F)
 Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: the demo, which has Muon, too.
@@ -1298,7 +1298,9 @@ def measure(tokenizer, cfg, where):
     return {"error": errors[cfg.tokens], "codes": len(ids.unique())}, x, decode_ids(tokenizer, ids)
 
 
-TARGET = dict(error=0.06, codes=200, reconstructed=0.8, accuracy=0.85)   # demo; one seed: .044 256 .90 .95
+# Of the demo: mean - 4 s.d. of three seeds, whose error was .041 .049 .045, reconstructed .92 .84 .90 and
+# accuracy .96 .93 .95; all used 256 codes.
+TARGET = dict(error=0.06, codes=200, reconstructed=0.71, accuracy=0.9)
 
 
 def report(cfg, path, where):
