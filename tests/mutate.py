@@ -79,7 +79,7 @@ FAULTS = {
         ("Run.due", "(step + 1) % every", "step % every", "checkpoints and log lines come a step late", "resume_is_bitwise or logged"),
         ("Run.save", "ReduceOp.MAX", "ReduceOp.MIN", "a signal to one rank is overlooked", "two_processes"),
         ("Run.on_signal", "self.since > 5", "self.since >= 0", "the second of two signals kills at once", "second_signal"),
-        ("differs", "return any(not", "return all(not", "an earlier stage that changed in one tensor is taken for the same", "earlier_stage or differs"),
+        ("differs", "return any(not", "return all(not", "an earlier stage that changed in one tensor is taken for the same", "one_other_bit"),
         ("Run.save", "self.weight_sums().sum()", "self.weight_sums().sum().nan_to_num()", "a checkpoint may hold NaN", "nan or finite"),
         ("is_preset", '("name", "resume", "log", "save")', '("name", "resume", "log", "save", "steps")', "a shorter run is held against the demo's target", "preset or target"),
         ("cli", 'free = ("name", "steps"', 'free = ("name", "lr", "steps"', "--resume may change the learning rate", "resumed_run_may_change"),

@@ -1169,6 +1169,14 @@ def test_classes_travel_with_the_checkpoint(toy):
     assert common.class_names(common.read_checkpoint("runs/toy/named/last.pt", "toy"), 2) == ["class 0", "class 1"]
 
 
+def test_one_other_bit_makes_a_module_differ():
+    net = nn.Linear(2, 2)
+    state = copy.deepcopy(net.state_dict())
+    assert not common.differs(net, state)
+    state["bias"][1] += 1
+    assert common.differs(net, state) and common.differs(net, {"bias": state["bias"]}) and common.differs(net, None)
+
+
 def test_stages_run_in_order_and_miss_each_other(toy):
     cfg, seen = toy.Config(name="staged"), []
     cfg.stage = "all"
