@@ -2,8 +2,8 @@
 
 For each method an undisturbed run of its tiny configuration, then runs that SIGKILL ends at random moments, in the
 middle of a step or of a write, and that --resume goes on with. Every one must resume, and the weights, averages,
-optimizer and log at its end must be those of the undisturbed run, bit for bit. Not part of CI: some ten minutes of
-one core. Exit code 1 where anything differs.
+optimizer and log at its end must be those of the undisturbed run, bit for bit. Not part of CI: a kill costs
+about a second of one core. Exit code 1 where anything differs.
 """
 
 import argparse
