@@ -432,6 +432,11 @@ def test_laws_of_nested_dropout():
     assert (theory > (R - i + 1) / R).nonzero().min() + 1 == 229
     edge = torch.tensor([0.0, 1 - 2 ** -24])
     assert flextok.nested_lengths(edge, R, "pow2").tolist() == flextok.nested_lengths(edge, R, "uniform").tolist() == [1, R]
+    for law, kept in (("pow2", pow2), ("uniform", uniform)):                    # a share keeps all, the others keep the law
+        some = flextok.nested_lengths(u, R, law, 0.6)
+        assert (some[u > 0.4] == R).all()
+        close((some[u < 0.4][:, None] >= i).float().mean(0), (kept[:, None] >= i).float().mean(0), 0.02)
+        assert flextok.nested_lengths(edge, R, law, 0.99).tolist() == [1, R]
 
 
 def test_patches():
@@ -441,10 +446,11 @@ def test_patches():
     assert torch.equal(flextok.unpatchify(u, 2, 6, 6), x)
     for row, column, i, j, c in itertools.product(range(3), range(3), range(2), range(2), range(3)):
         assert torch.equal(u[:, 3 * row + column, 6 * i + 3 * j + c], x[:, c, 2 * row + i, 2 * column + j])
-    table = flextok.sincos_pos_embed(5, 16)
-    assert torch.equal(table.view(5, 5, 16)[:3, :3].reshape(9, 16), flextok.sincos_pos_embed(3, 16))
-    for r, c, j in itertools.product(range(5), range(5), range(4)):
-        w = 10_000 ** (-j / 4)
+    wide, small = flextok.sincos_pos_embed(5, 16), flextok.Encoder(config(size=10, encoder=1, base=10.0)).pos_embed
+    assert torch.equal(wide.view(5, 5, 16)[:3, :3].reshape(9, 16), flextok.sincos_pos_embed(3, 16))
+    assert torch.equal(small, flextok.Decoder(config(size=10, decoder=1, base=10.0)).pos_embed)
+    for (base, table), r, c, j in itertools.product(((10_000, wide), (10, small)), range(5), range(5), range(4)):
+        w = base ** (-j / 4)
         expected = torch.tensor([math.sin(r * w), math.cos(r * w), math.sin(c * w), math.cos(c * w)])
         close(table[5 * r + c, j::4], expected, 1e-6)
 
@@ -948,7 +954,7 @@ def test_steps_given_count_for_both_stages():
     def steps(*words):
         cfg = common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, [*words])
         return cfg.steps_tokenizer, cfg.steps_ar
-    assert steps() == (4500, 2000) and steps("--steps", "4500") == (4500, 4500) and steps("--steps", "7", "--steps_ar", "3") == (7, 3)
+    assert steps() == (5000, 1500) and steps("--steps", "4500") == (4500, 4500) and steps("--steps", "7", "--steps_ar", "3") == (7, 3)
 
 
 def test_a_tokenizer_that_trains_on_starts_stage_ar_anew(tmp_path, monkeypatch, capsys):
@@ -1007,7 +1013,7 @@ def rate_by_hand(step, peak):
 
 stream = common.make_generator
 BY_VALUE = ["--steps", "6", "--repa", "0", "--flip", "--null", "0.5", "--warmup", "0.5", "--ema", "0.9", "--crop", "1.5",
-            "--label_dropout", "0.5", "--shift", "3"]
+            "--label_dropout", "0.5", "--shift", "3", "--whole", "0.25", "--muon", "0"]
 
 
 @pytest.fixture
@@ -1049,7 +1055,7 @@ def tokenizer_by_hand(cfg, train):
         noise = torch.randn(4, 3, 8, 8, generator=stream(0, step, "tokenizer noise"))
         t = 1 - u[:, 1] - 0.25 * (torch.cos(math.pi / 2 * u[:, 1]) ** 2 - 1 + u[:, 1])
         t = 3 * t / (1 + 2 * t)
-        k = torch.tensor([(1, 2, 4)[int(3 * a)] for a in u[:, 2]])
+        k = torch.tensor([(1, 2, 4, 4)[int(4 * a)] for a in u[:, 2]])       # a quarter keeps all, the rest by F15
         point = torch.stack([t[b] * noise[b] + (1 - t[b]) * x[b] for b in range(4)])
         v = model.decoder(point, t, model.fsq(model.encoder(x))[0], k, u[:, 3] < 0.5)[0]
         step_by_hand(model, ema, opt, (v - (noise - x)).square().mean(), rate_by_hand(step, 2e-3))
@@ -1661,15 +1667,55 @@ def test_latents_train_and_sample(tmp_path, monkeypatch, capsys):
     assert set(sides) == {(4, 5, 4, 4)}
 
 
+def test_accuracy_is_that_of_prefixes_and_samples_by_the_ruler(monkeypatch):
+    """Pictures are painted with their class: test images, what their last token says, what a GPT told so writes."""
+    labels = np.arange(120) % 10
+    test = dataclasses.make_dataclass("Test", ["labels"], namespace={"__len__": lambda self: 120})(labels)
+    gpt = dataclasses.make_dataclass("Told", ["is_text", "names"])(False, [*"0123456789"])
+    asked = []
+
+    def paint(classes):
+        return torch.as_tensor(classes)[:, None, None, None].expand(-1, 3, 6, 6) / 10
+
+    def write(gpt, cfg, told, first, last):
+        return torch.tensor([[0, told[i % 2] if i < 110 else 7] for i in range(first, last)])
+
+    monkeypatch.setattr(flextok, "open_split", lambda cfg, split, count=0: asked.append(split) or test)
+    monkeypatch.setattr(flextok, "plain_images", lambda dataset, rows: paint(labels[list(rows)]))
+    monkeypatch.setattr(flextok, "encode_images", lambda *args: torch.from_numpy(np.stack([labels % 5, labels], 1)))
+    monkeypatch.setattr(flextok, "decode_tokens", lambda tokenizer, cfg, ids: paint(ids[:, -1]))
+    monkeypatch.setattr(flextok, "draw_ids", write)
+    monkeypatch.setattr(common, "judge", lambda *args: lambda x: F.one_hot((10 * x[:, 0, 0, 0]).round().long(), 10))
+    cfg = config(count=120, registers=2, classes="3,1")
+    found = flextok.class_accuracy(None, gpt, cfg)
+    assert found == {"real": 1.0, "k=1": 0.5, "k=2": 1.0, "samples": pytest.approx(110 / 120)}
+    assert asked == ["test", "judge"] and "samples" not in flextok.class_accuracy(None, None, cfg)
+
+
+def test_muon_takes_the_matrices_of_all_blocks():
+    """Of both halves of the tokenizer, or of the GPT and its word encoder; AdamW keeps the rest, without --muon all."""
+    empty = torch.zeros(3, dtype=torch.long)
+    for model in (flextok.Tokenizer(config()), flextok.GPT(config(condition="text"), ["a", "b"], empty)):
+        mine = {p for name, p in model.named_parameters() if "blocks." in name and p.ndim == 2}
+        adamw, muon = flextok.optimizer(model, config(muon=2.0), decay=0.5).param_groups
+        assert len(mine) > 20 and set(muon["params"]) == mine and muon["factor"] == 2 and muon["weight_decay"] == 0.5
+        assert set(adamw["params"]) == set(model.parameters()) - mine
+        assert set(flextok.optimizer(model, config()).param_groups[0]["params"]) == set(model.parameters())
+
+
 def test_the_demo_that_misses_its_target_exits_with_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "is_preset", lambda cfg, presets: True)
     words = [*TINY, "--stage", "tokenizer", "--repa", "0"]
-    for target, errors, code in ((0.5, [0.4, 0.3], 0), (0.2, [0.4, 0.3], 1), (0.5, [0.3, 0.4], 1), (0.5, [0.3, 0.301], 0)):
-        monkeypatch.setattr(flextok, "TARGET", target)
+    monkeypatch.setattr(flextok, "SHORT_RUN", 1)
+    cases = [(0.5, [0.4, 0.3], 0.6, 0), (0.2, [0.4, 0.3], 0.6, 1), (0.5, [0.3, 0.4], 0.6, 1), (0.5, [0.3, 0.301], 0.6, 0),
+             (0.5, [0.4, 0.3], 0.4, 1)]
+    for number, (target, errors, share, code) in enumerate(cases):
+        monkeypatch.setattr(flextok, "TARGET", {"error": target, "k=4": 0.5, "samples": 0.9})       # no GPT, no samples
         monkeypatch.setattr(flextok, "show_tokens", lambda *args, errors=errors: ([1, 4], errors))
+        monkeypatch.setattr(flextok, "class_accuracy", lambda *args, share=share: {"real": 1.0, "k=1": 0.0, "k=4": share})
         try:
-            run(*words, "--name", f"n{target}-{errors[0]}-{errors[1]}")
+            run(*words, "--name", f"n{number}")
             assert code == 0
         except SystemExit as stop:
             assert stop.code == code == 1

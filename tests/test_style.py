@@ -28,7 +28,7 @@ CODE_LINES = {                                      # a line a file, so that cha
     "common": 1168,
     "data": 1010,
     "detailflow": 882,
-    "flextok": 861,
+    "flextok": 892,
     "gpipe": 984,
     "slimfit": 831,
     "vitok": 902,
