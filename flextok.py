@@ -723,7 +723,7 @@ PRESETS = {
     "demo": dict(size=12, channels=3, flip=False, crop=1.0, crops=1, registers=8, levels="5,5,4,4,4,4",
                  encoder=2, decoder=2, gpt=2, head=32, std=0.5, whole=0.75, null=0.05, shift=8.0, base=10.0,
                  repa=0.0, steps=5000, steps_ar=1500, batch=16, lr=2e-3, lr_ar=3e-3, muon=3.0, warmup=0.025,
-                 ema=0.995, num_steps=4, cfg_scale=2.0, apg=False, cfg_scale_ar=2.0, temperature=0.6,
+                 ema=0.995, num_steps=4, cfg_scale=2.0, apg=False, cfg_scale_ar=3.0, temperature=0.4,
                  save=1000),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run
     "small": dict(data="cifar10", channels=3, registers=64, encoder=6, decoder=6, gpt=6, steps=40_000,
