@@ -712,8 +712,8 @@ def generate(model, cond, u, cfg):
 # Width, heads and depth are one number, as in the paper: 12 blocks of 12 heads of 64 channels are "d12". The
 # demo is 12 pixels wide, with patches of 2. With patches of 4 its decoder had to carry 48 numbers of noise
 # through 64 channels, and its eight tokens learned the two colours of an image alone and no place. What else
-# three minutes need: Muon for AdamW (paper unknown), three of four images decoded from all tokens, at the cost
-# of k = 1, positions that differ in every channel, plain guidance in place of APG, a cool GPT.
+# three minutes need: Muon for AdamW (paper unknown), three of four images decoded from all tokens (k = 1 pays
+# for it), positions that differ in every channel, plain guidance in place of APG, a cool GPT.
 # Presets of the paper train one stage; the GPT's on tokens of the largest tokenizer, for the reported 300
 # epochs. paper unknown: precision, and all that Config calls so.
 PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.pt2", bf16=True)
