@@ -1278,6 +1278,8 @@ def load_init(cfg, model, name="ema", new=()):
     """--init: begin with another run's averaged weights (init_state); with --resume the run's own count."""
     if cfg.init and not cfg.resume:
         load_into({name: model}, {"state": {name: init_state(cfg, model, name, new)}}, cfg.init)
+        if rank() == 0:
+            print(f"begins with the averaged weights of {cfg.init}", flush=True)
 
 
 # --- Sampling of tokens --------------------------------------------------------

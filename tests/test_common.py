@@ -1677,7 +1677,7 @@ dist.destroy_process_group()
         assert worker.returncode == 0 and out.strip() == "fine", err
 
 
-def test_init_takes_the_averaged_weights_but_tables_of_classes(toy):
+def test_init_takes_the_averaged_weights_but_tables_of_classes(toy, capsys):
     def net(classes, width=3):
         return nn.ModuleDict({"body": nn.Linear(width, 3), "label": nn.Embedding(classes, 3)})
 
@@ -1698,6 +1698,7 @@ def test_init_takes_the_averaged_weights_but_tables_of_classes(toy):
     table = other["label"].weight.detach().clone()
     common.load_init(cfg, same, new=("label.weight",))
     common.load_init(cfg, other, new=("label.weight",))
+    assert capsys.readouterr().out.count("begins with the averaged weights of runs/toy/first/last.pt\n") == 2
     assert torch.equal(same["label"].weight, first["label"].weight), "the averaged weights"
     assert torch.equal(other["body"].weight, first["body"].weight) and torch.equal(other["label"].weight, table)
     with torch.device("meta"):
