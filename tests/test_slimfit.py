@@ -750,6 +750,27 @@ def test_a_damaged_scheduler_is_one_line(change, message):
         common.load_into({"scheduler": slimfit.Scheduler(model, config(depth=1))}, {"state": {"scheduler": state}}, "last.pt")
 
 
+def test_what_is_new_is_drawn_small():
+    """The head N(0, 0.02) as the authors'; our choice for the rest: rows of unit size, matrices N(0, 1 / fan-in); biases 0, gains 1."""
+    for make, table in ((config, "position"), (texts, "word.weight")):
+        torch.manual_seed(0)
+        own = dict(slimfit.build_model(make(width=128, classes=200, words=300)).named_parameters())
+        for name, deviation in (("head.weight", 0.02), (table, 128 ** -0.5), ("blocks.1.mlp2.weight", 512 ** -0.5)):
+            assert math.isclose(own[name].std().item(), deviation, rel_tol=0.05) and own[name].mean().abs().item() < 0.1 * deviation, name
+        assert all(not p.any() for n, p in own.items() if n.endswith("bias") and n != "patch.bias")
+        assert all((p == 1).all() for n, p in own.items() if re.search(r"norm.?\.weight", n))
+
+
+def test_padding_is_not_seen():
+    """What stands behind the mask changes no logits of what stands before it; without the mask it does."""
+    cfg = texts()
+    model, (inputs, _) = network(cfg).eval(), sample(cfg)
+    ids, types, keep = inputs
+    other = torch.where(keep > 0, ids, (ids + 1) % cfg.words)
+    assert torch.allclose(model(ids, types, keep), model(other, types, keep), atol=1e-6)
+    assert not torch.allclose(model(ids, types, 0 * keep + 1)[1:], model(other, types, 0 * keep + 1)[1:], atol=1e-3)
+
+
 def test_head_is_exempt_by_default():
     cfg = config(freeze_head=False, rate=0.9, steps=5)
     model, scheduler = fit(cfg, steps=5)
@@ -905,7 +926,7 @@ class Reader(torch.nn.Module):
         return self.logits[self.at - len(ids):self.at]
 
 
-@pytest.mark.parametrize("count, longest", [(20, 30), (3, 30), (20, 2)])
+@pytest.mark.parametrize("count, longest", [(20, 30), (3, 30), (5, 30), (20, 2)])
 def test_s15_candidates(count, longest):
     """S15 against every pair of tokens of every window, one by one."""
     passages = ["ab cd ef gh ij kl", "mn op", ""]
@@ -916,6 +937,7 @@ def test_s15_candidates(count, longest):
         row[1, 3:3 + size + 1] = 1                            # the part and its [SEP]
     dataset = data.Texts(tokens, np.zeros((4, 2), int), [], "", asked, np.array([*zip(owners, shifts)]))
     logits = torch.randn(4, 9, 2, generator=torch.Generator().manual_seed(1))
+    logits[0, 3:7] += 3                                       # so that there are more texts than are kept
     model = Reader(logits)
     found = slimfit.candidates(model, dataset, np.arange(4), count, longest)
     for number, question in enumerate(asked):
@@ -1183,8 +1205,8 @@ def published_files(preset, where):
         for i in range(12):
             row = [str(i)] * width
             for place in places:
-                row[place] = ["a cat sat .", "the dog , b"][(i + place) % 2]
-            row[label] = values[i % len(values)] if values else f"{i % 6}.00"
+                row[place] = ["a cat sat .", "the dog , b", "who sat ?"][(i + place) % 3]
+            row[label] = values[i % len(values)] if values else f"{(i % 6) ** 2 / 5:.2f}"
             rows.append(row)
         (where / task).mkdir(exist_ok=True)
         (where / task / f"{split}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
