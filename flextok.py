@@ -7,7 +7,7 @@ random (nested dropout), so the first must say most, and invents the rest. A GPT
     [noised patches | id 1 ... id k, mask ... mask] -> decoder -> velocity of the patches
     class or caption -> GPT -> id 1, id 2, ...                   stop after any k and decode
 
-Run:      python flextok.py                          3 minutes: accuracy .16 .23 .37 .60 at k = 1 2 4 8, samples .47
+Run:      python flextok.py                   3 minutes: accuracy .16 .23 .37 .60 (k = 1 2 4 8), samples .47
           python flextok.py --preset d18-d28 --data latents:imagenet256.npz --teacher dinov2.pt2 --gpus 8
           python flextok.py --sample runs/flextok/demo/ar.pt --classes 6,9 --keep 4
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --data shapes --encode tokens.npz
