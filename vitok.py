@@ -8,8 +8,8 @@ diffusion transformer (DiT) that makes codes; for it, more channels are not bett
     pixels -> tubelets of q x p x p -> encoder -> M tokens of c floats -> decoder -> tubelets -> pixels
                                        (light)         E = M c            (heavy)
 
-The demo reaches 23.6 dB (PSNR of 500 test images); 86 % of 500 samples show the shape asked for, of ten.
-Run:      python vitok.py                                   demo: shapes, three stages (110 s on one core)
+The demo reaches 23.6 dB (PSNR of 500 test images); 87 % of 500 samples show the shape asked for, of ten.
+Run:      python vitok.py                                   demo: shapes, three stages (104 s on one core)
           python vitok.py --gpus 2                          the same in two processes
           python vitok.py --preset sweep                    the study: ten codes, a table, a fit, a picture
           python vitok.py --preset clips                    eight moving frames a clip, animated pictures
@@ -785,7 +785,7 @@ PRESETS = {
        for pair in ("S-S", "B-S", "S-B", "B-B", "S-L", "B-L", "L-L")},
     **{f"S-B/{tubelet}": dict(VIDEO, model=f"S-B/{tubelet}") for tubelet in ("4x8", "8x8", "4x16")},
     "S-B/16@512": dict(PAPER, model="S-B/16", size=512)}
-TARGET = dict(psnr=23.3, accuracy=0.7)     # under mean - 4 s.d. of seeds 0, 1, 4: 23.62 +- .06, .857 +- .029
+TARGET = dict(psnr=23.25, accuracy=0.75)    # mean - 4 s.d. of seeds 0 to 4: 23.57 +- .08, .867 +- .029
 
 
 def stage_batch(cfg, stage):
