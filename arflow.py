@@ -550,7 +550,7 @@ def train(cfg):
     run = common.Run(cfg, classes=dataset.classes)
     run.seed_weights()
     model = ARFlow(cfg, dataset.images.shape[1], len(dataset.classes), dataset.scale).to(device)
-    common.load_init(cfg, model, new=OF_THE_DATA)
+    common.load_init(run, model, new=OF_THE_DATA)
     model.latent_scale.copy_(torch.as_tensor(dataset.scale))            # of these data, not of --init's
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg)

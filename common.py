@@ -865,6 +865,12 @@ class Run:
             require(seen, f"{folder(cfg)}: this node does not see what rank 0 writes there; several nodes "
                           "must start in one shared folder")
 
+    @property
+    def begins(self):
+        """Whether the weights are those of --init at first: it is given, and no checkpoint goes on."""
+        goes_on = self.cfg.resume and self.checkpoint.exists()
+        return bool(getattr(self.cfg, "init", "")) and not goes_on
+
     def seed_weights(self):
         """Seed what initial weights are drawn from: they depend on --seed alone, not on the processes."""
         stream = "weights" if self.stage == "last" else f"{self.stage} weights"
@@ -1274,9 +1280,10 @@ def init_state(cfg, model, name="ema", new=()):
     return found
 
 
-def load_init(cfg, model, name="ema", new=()):
-    """--init: begin with another run's averaged weights (init_state); with --resume the run's own count."""
-    if cfg.init and not cfg.resume:
+def load_init(run, model, name="ema", new=()):
+    """--init: begin with another run's averaged weights (init_state), unless a stage goes on from its own."""
+    cfg = run.cfg
+    if run.begins:
         load_into({name: model}, {"state": {name: init_state(cfg, model, name, new)}}, cfg.init)
         if rank() == 0:
             print(f"begins with the averaged weights of {cfg.init}", flush=True)

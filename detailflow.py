@@ -6,7 +6,7 @@ N tokens are an image, coarse to fine; the first n show it at R(n) pixels. A tra
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
 Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .041 to .049, accuracy .93 to .96
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
-          python detailflow.py --sample CHECKPOINT --classes 6 --keep 8  (or --encode, --decode, --export F)
+          python detailflow.py --sample CHECKPOINT --classes 6 --keep 8      (--encode, --decode, --export F)
 Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: the demo, which has Muon, too.
 Left out: VGG, DINO, SigLIP2: one --teacher is all three; the encoder starts at random, or from --tokenizer.
 Letters:  B images, b = B, or 2 B with the corrected ones (D7), C channels, R side, f patch, p patches a side,
@@ -934,7 +934,7 @@ def train_tokenizer(cfg):
     if cfg.tokenizer:                       # the file may hold a part alone, such as SigLIP2's weights
         found = common.read_checkpoint(cfg.tokenizer, "detailflow")["state"]["tokenizer"]
         model.load_state_dict(found, strict=False)
-    common.load_init(cfg, model, "tokenizer")
+    common.load_init(run, model, "tokenizer")
     opt = optimizer_tokenizer(model, disc, cfg)
     start = run.restore(tokenizer=model, disc=disc, opt=opt)
     common.compile_blocks(cfg, [*model.encoder.blocks, *model.decoder.blocks])
@@ -1073,7 +1073,7 @@ def train_ar(cfg):
     run = common.Run(cfg, "ar", classes=dataset.classes)
     run.seed_weights()
     model = AR(cfg, len(dataset.classes)).to(device)
-    common.load_init(cfg, model, "ema", new=("label.weight",))
+    common.load_init(run, model, "ema", new=("label.weight",))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     opt = optimizer_ar(model, cfg)
     start = run.restore(model=model, ema=ema, opt=opt, frozen={"tokenizer": tokenizer})

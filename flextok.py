@@ -955,7 +955,7 @@ def load_gpt(cfg, path):
 
 def init_name(cfg, stage):
     """What --init's checkpoint calls a stage's averaged weights; "" where there are none to begin with."""
-    if not cfg.init or cfg.resume:
+    if not cfg.init:
         return ""
     both = "tokenizer" in common.read_checkpoint(cfg.init, "flextok")["state"]      # of stage ar
     if stage == "tokenizer":
@@ -971,7 +971,8 @@ def train_tokenizer(cfg):
     run = common.Run(cfg, "tokenizer", classes=dataset.classes)
     run.seed_weights()
     model = Tokenizer(cfg, S).to(device)
-    common.load_init(cfg, model, init_name(cfg, "tokenizer"))
+    if run.begins:
+        common.load_init(run, model, init_name(cfg, "tokenizer"))
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg)
     start = run.restore(model=model, ema=ema, opt=opt)
@@ -1003,8 +1004,8 @@ def train_ar(cfg):
     run = common.Run(cfg, "ar", classes=names)                      # of a text run: the words, for load_gpt
     run.seed_weights()
     model = GPT(cfg, names, empty).to(device)
-    if init_name(cfg, "ar"):
-        common.load_init(cfg, model, "ema", OF_DATA)
+    if run.begins and init_name(cfg, "ar"):
+        common.load_init(run, model, "ema", OF_DATA)
         model.empty.copy_(empty)
     ema = copy.deepcopy(model).requires_grad_(False)
     opt = optimizer(model, cfg, decay=0.05)
@@ -1103,7 +1104,7 @@ def prepare(cfg):
     if cfg.stage != "tokenizer":
         _, names, empty = open_conditions(cfg, dataset)
         gpt = common.require_memory(cfg, lambda: GPT(cfg, names, empty))
-        if init_name(cfg, "ar"):
+        if not cfg.resume and init_name(cfg, "ar"):
             common.init_state(cfg, gpt, "ema", OF_DATA)
         wanted = cfg.stage == "all" or not cfg.init or cfg.resume or init_name(cfg, "ar")
         common.require(wanted, f"--init {cfg.init}: holds no GPT, with which --stage ar could begin")
@@ -1112,7 +1113,7 @@ def prepare(cfg):
         elif cfg.prompt != "captions":
             encode_captions([cfg.prompt], names, len(empty))
     _, S = open_teacher(cfg, dataset)                   # refuses a bad file, or trains the judge, once
-    if cfg.stage != "ar" and init_name(cfg, "tokenizer"):
+    if cfg.stage != "ar" and cfg.init and not cfg.resume:
         tokenizer = common.require_memory(cfg, lambda: Tokenizer(cfg, S))
         common.init_state(cfg, tokenizer, init_name(cfg, "tokenizer"))
 

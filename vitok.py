@@ -875,8 +875,8 @@ def init_parts(cfg, model):
 
 
 def start_from(cfg, run, model):
-    """--init: another run's weights, unless this run goes on from its own."""
-    if not (cfg.resume and run.checkpoint.exists()):
+    """--init: another run's weights, unless this stage goes on from its own."""
+    if run.begins:
         for part, name, new in init_parts(cfg, model):
             part.load_state_dict(common.init_state(cfg, part, name, new))
 

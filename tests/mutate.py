@@ -90,7 +90,7 @@ FAULTS = {
         ("share_blocks", "first = round_[rank()]", "first = round_[0]", "all ranks make the same block", "blocks"),
         ("stored_rows", 'if found["recipe"] == recipe else 0', "", "rows of another tokenizer are read: the key holds too little", "stored"),
         ("init_state", "key in new and key in own", "key in own", "any tensor of another shape stays new in silence", "init"),
-        ("load_init", "cfg.init and not cfg.resume", "cfg.init", "--resume begins again from --init's weights", "init"),
+        ("load_init", "run.begins", "run.cfg.init", "--resume begins again from --init's weights", "init"),
         ("filter_logits", "logits.double() / temperature", "logits.double() * temperature", "a high temperature sharpens", "filter"),
         ("filter_logits", "mass <= 1 - top_p", "mass <= top_p", "top-p keeps what it should cut", "filter"),
         ("judge", "np.asarray(data.labels).tobytes()", 'b""', "a judge of other labels is read from the cache", "all_that_it_depends_on"),

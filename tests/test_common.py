@@ -1687,17 +1687,19 @@ def test_init_takes_the_averaged_weights_but_tables_of_classes(toy, capsys):
         run.save(step)
     cfg = toy.Config(name="second")
     cfg.init = ""
+    run = common.Run(cfg)
     same, other = net(4), net(7)
     untouched = copy.deepcopy(same.state_dict())
-    common.load_init(cfg, same)
+    common.load_init(run, same)
     cfg.init = "runs/toy/first/last.pt"
     cfg.resume = True
-    common.load_init(cfg, same)
+    run.checkpoint.touch()
+    common.load_init(run, same)
     assert all(torch.equal(value, untouched[key]) for key, value in same.state_dict().items()), "resume wins"
-    cfg.resume = False
+    run.checkpoint.unlink()                                     # a later stage of a resumed run begins with --init
     table = other["label"].weight.detach().clone()
-    common.load_init(cfg, same, new=("label.weight",))
-    common.load_init(cfg, other, new=("label.weight",))
+    common.load_init(run, same, new=("label.weight",))
+    common.load_init(run, other, new=("label.weight",))
     assert capsys.readouterr().out.count("begins with the averaged weights of runs/toy/first/last.pt\n") == 2
     assert torch.equal(same["label"].weight, first["label"].weight), "the averaged weights"
     assert torch.equal(other["body"].weight, first["body"].weight) and torch.equal(other["label"].weight, table)
