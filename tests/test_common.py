@@ -876,11 +876,13 @@ def test_a_judge_is_kept_under_all_that_it_depends_on(tmp_path, monkeypatch):
 
 
 def test_judge_of_shapes(tmp_path, monkeypatch):
+    """After 250 of its 700 steps; the demos print what it knows after all of them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common.train_judge, "__defaults__", (250,))
     ruler = common.judge(data.open_data("shapes", "judge", size=16), "ruler")
     test = data.open_data("shapes", "test", size=16, count=1000)
     x = test.pixels(np.arange(1000))
-    assert common.accuracy(ruler, x, test.labels) >= 0.97
+    assert common.accuracy(ruler, x, test.labels) >= 0.9
     assert not ruler.training and not any(p.requires_grad for p in ruler.parameters())
     assert ruler(x[:5]).shape == (5, 10) and ruler.features(x[:5]).shape == (5, 64)
     assert ruler.spatial(x[:5]).shape == (5, 64, 4, 4)
