@@ -951,10 +951,12 @@ class Pipeline:
             y = self.model[i](x)
         finally:
             thread_local.__dict__.clear()   # the defaults in its class hold again
-        # The probe has seen one micro-batch: a layer may begin to draw later.
+        # The probe has seen one micro-batch: a layer may begin to draw later. All threads share the
+        # generator, so the one that draws may be another stage's.
         same = before is None or torch.equal(before, torch.get_rng_state())
-        common.require(same, f"{self.name_layer(k, i)}: draws torch's random numbers, and would draw others "
-                       'when recomputed: use gpipe.stage_dropout, or checkpoint "never"')
+        about = f"{self.name_layer(k, i)}, or one that runs beside it,"
+        common.require(same, f"{about} draws torch's random numbers, and would draw others when recomputed: "
+                       'use gpipe.stage_dropout, or checkpoint "never"')
         return y
 
     def name_layer(self, k, i):

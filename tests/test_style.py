@@ -29,7 +29,7 @@ CODE_LINES = {                                      # a line a file, so that cha
     "data": 1010,
     "detailflow": 882,
     "flextok": 893,
-    "gpipe": 984,
+    "gpipe": 985,
     "slimfit": 831,
     "vitok": 902,
 }
