@@ -864,7 +864,7 @@ def test_a_judge_is_kept_under_all_that_it_depends_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "tqdm", lambda steps, *_, **__: [0])
     others, dimmed, source = Stripes(), Stripes(), common.inspect.getsource
-    others.labels = 1 - others.labels
+    others.labels, others.pixels = 1 - others.labels, Stripes().pixels          # the same pictures, under other names
     dimmed.pixels = lambda index: Stripes().pixels(index) / 2
     for data_set, role in ((Stripes(), "ruler"), (Stripes(), "teacher"), (others, "ruler"), (dimmed, "ruler"), (Stripes(), "ruler")):
         common.judge(data_set, role)

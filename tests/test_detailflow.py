@@ -1211,6 +1211,8 @@ def test_ar_training_by_value(crops, tmp_path, monkeypatch, double):
     labels lost by a draw of their own, beside noise and without it; averaged weights. Two stored crops are an image and
     its mirror image."""
     monkeypatch.chdir(tmp_path)
+    seeds = []
+    monkeypatch.setattr(common, "seed_dropout", lambda *of: seeds.append(of))               # nothing is dropped here
     rest = dict(gan=0, perceptual=0, align=0, flip=True, crops=crops)
     run(*tiny(steps=22, steps_tokenizer=2, batch_ar=4, noisy=0.5, label_dropout=0.4, lr_ar=0.04, ema=0.7, **rest))
     saved = torch.load("runs/detailflow/demo/ar.pt", weights_only=True)
@@ -1245,7 +1247,7 @@ def test_ar_training_by_value(crops, tmp_path, monkeypatch, double):
         opt.step()
         for old, new in zip(average.parameters(), model.parameters()):
             old.mul_(0.7).add_(0.3 * new)
-    assert len(seen) == 4
+    assert len(seen) == 4 and seeds == [(0, t) for t in range(22)]
     for network, name in ((model, "model"), (average, "ema"), (tokenizer, "tokenizer")):
         for key, tensor in network.state_dict().items():
             close(saved["state"][name][key], tensor, 1e-9)

@@ -1370,11 +1370,14 @@ def looped(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
         few(patch, 50)
+        averaged = []                                                   # numbers whose gradients the processes average
+        patch.setattr(common, "average_gradients", lambda params: averaged.append(sum(p.numel() for p in params)))
         torch.set_default_dtype(torch.float64)
         try:
             run(*argv("vitok", **LOOPS, name="whole"))
         finally:
             torch.set_default_dtype(torch.float32)
+        (where / "averaged.json").write_text(json.dumps(averaged))
     return where
 
 
@@ -1454,6 +1457,8 @@ def test_stage_decoder_by_a_plain_loop(looped, float64, monkeypatch):
     state = ended("decoder")
     for net, name in ((model.encoder, "encoder"), (model.decoder, "decoder"), (disc, "disc")):
         close(net, state[name])
+    trained = sum(p.numel() for net in (model.decoder, disc) for p in net.parameters())
+    assert json.loads((looped / "averaged.json").read_text())[20:40] == [trained] * 20
     torch.testing.assert_close(ema, dict(state["ema"]), rtol=0, atol=1e-9)
 
 
