@@ -1491,9 +1491,10 @@ def test_stage_dit_by_a_plain_loop(looped, float64, monkeypatch):
     assert 40 < lost < 90                                                              # of 160
 
 
-@pytest.mark.parametrize("model", [vitok.Autoencoder(config()), vitok.DiT(config(), 5)])
-def test_muon_takes_the_blocks_matrices_at_its_own_rate(model):
+@pytest.mark.parametrize("build", [vitok.Autoencoder, lambda cfg: vitok.DiT(cfg, 5)], ids=("Autoencoder", "DiT"))
+def test_muon_takes_the_blocks_matrices_at_its_own_rate(build):
     """All else stays with AdamW, and nothing is left to Muon where the paper's optimizer is asked for."""
+    model = build(config())
     assert type(vitok.optimizer(model, config())) is torch.optim.AdamW
     opt = vitok.optimizer(model, config(), 3.0)
     common.set_learning_rate(opt, 0.5)
