@@ -617,7 +617,7 @@ def prepare(cfg):
     train = open_split(cfg, "train")
     shape = cfg, train.images.shape[1], len(train.classes), train.scale
     model = common.require_memory(cfg, lambda: ARFlow(*shape))
-    if cfg.init:
+    if cfg.init and not cfg.resume:
         common.init_state(cfg, model, new=OF_THE_DATA)                  # refuses what does not fit
     splits = {"train": train}
     if measured(cfg):

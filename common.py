@@ -205,8 +205,7 @@ def cli(Config, PRESETS, doc, argv=None):
             cfg = merge_stored(Config, stored, given, cfg.sample, free_with_sample(Config))
         elif cfg.resume:
             source = folder(cfg) / "config.json"
-            free = ("name", "steps", "log", "save", "gpus", "device", "accumulate", "stage",
-                    "resume")
+            free = ("name", "steps", "log", "save", "gpus", "device", "accumulate", "stage", "resume")
             cfg = merge_stored(Config, read_config(source), {"name": cfg.name, **given}, source, free)
         check_ranges(cfg)
         return cfg
@@ -1109,16 +1108,18 @@ def stored_rows(path, make, count, recipe, size=100):
     """An array (count, ...) of which make(first, last) gives rows, as tensors on the CPU; memory-mapped.
 
     Made once and kept in `path` (.npy). PATH.json says how many rows are there and of what `recipe`: an
-    interrupted run goes on behind them, and another recipe (a string: all that rows depend on) begins anew.
-    All ranks call it; they share the work, and rank 0 writes.
+    interrupted run goes on behind them; another count or recipe (a string: all that rows depend on) begins
+    anew. All ranks call it; they share the work, and rank 0 writes.
     """
     note = Path(f"{path}.json")
     done = 0
     if path.exists() and note.exists():
         with contextlib.suppress(ValueError, TypeError, KeyError):
             found = json.loads(note.read_text())
-            done = found["rows"] if found["recipe"] == recipe else 0
+            done = found["rows"] if (found["recipe"], found["count"]) == (recipe, count) else 0
     barrier()                                                   # all have read it
+    if rank() == 0 and done == 0:
+        note.unlink(missing_ok=True)                            # it must not vouch for what is written over
     array = None
     blocks = share_blocks(make, count, size, done)
     hidden = rank() > 0 or None
@@ -1131,7 +1132,7 @@ def stored_rows(path, make, count, recipe, size=100):
                 array = np.lib.format.open_memmap(path, mode, rows.dtype, (count, *rows.shape[1:]))
             array[done:done + len(rows)] = rows
             array.flush()
-            write_json(note, {"rows": done + len(rows), "recipe": recipe})
+            write_json(note, {"rows": done + len(rows), "count": count, "recipe": recipe})
         done += len(block)
         bar.update(len(block))
     bar.close()

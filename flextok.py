@@ -838,7 +838,7 @@ def store_tokens(tokenizer, dataset, cfg, run):
 
     # All that a row depends on.
     names = ("data", "objects", "size", "seed", "flip", "crop", "crops", "bf16")
-    recipe = [count, common.fingerprint(tokenizer.encoder), *(getattr(cfg, name) for name in names)]
+    recipe = [common.fingerprint(tokenizer.encoder), *(getattr(cfg, name) for name in names)]
     return common.stored_rows(run.folder / "tokens.npy", encode, count, repr(recipe), size=512)
 
 

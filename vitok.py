@@ -878,7 +878,7 @@ def start_from(cfg, run, model):
     """--init: another run's weights, unless this stage goes on from its own."""
     if run.begins:
         for part, name, new in init_parts(cfg, model):
-            part.load_state_dict(common.init_state(cfg, part, name, new))
+            common.load_init(run, part, name, new)
 
 
 def load(cfg, path):
@@ -1106,8 +1106,9 @@ def prepare(cfg):
     common.parse_classes(cfg.classes, K)
     for point in parse_sweep(cfg):
         models = common.require_memory(cfg, lambda: nn.ModuleList([Autoencoder(point), DiT(point, K)]))
-        for part, name, new in [*init_parts(cfg, models[0]), *init_parts(cfg, models[1])]:
-            common.init_state(cfg, part, name, new)
+        for model in () if cfg.resume else models:
+            for part, name, new in init_parts(cfg, model):
+                common.init_state(cfg, part, name, new)
     perceptual_features(cfg, "cpu")
 
 

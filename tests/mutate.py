@@ -88,7 +88,7 @@ FAULTS = {
         ("set_learning_rate", 'lr * group.get("factor", 1)', "lr", "Muon's factor is forgotten at the first step", "muon"),
         ("MuonAdamW.__init__", "if p not in chosen", "if p is not None", "AdamW steps the matrices of Muon, too", "muon"),
         ("share_blocks", "first = round_[rank()]", "first = round_[0]", "all ranks make the same block", "blocks"),
-        ("stored_rows", 'if found["recipe"] == recipe else 0', "", "rows of another tokenizer are read: the key holds too little", "stored"),
+        ("stored_rows", 'if (found["recipe"], found["count"]) == (recipe, count) else 0', "", "rows of another tokenizer are read: the key holds too little", "stored"),
         ("init_state", "key in new and key in own", "key in own", "any tensor of another shape stays new in silence", "init"),
         ("load_init", "run.begins", "run.cfg.init", "--resume begins again from --init's weights", "init"),
         ("filter_logits", "logits.double() / temperature", "logits.double() * temperature", "a high temperature sharpens", "filter"),

@@ -1582,10 +1582,16 @@ def test_stored_rows_are_made_once_and_go_on_where_they_were_cut(tmp_path, monke
     assert np.array_equal(common.stored_rows(path, make, 10, "b", 5), want) and asked[5:] == [0, 5], "another recipe"
     Path(f"{path}.json").write_text("{")
     assert np.array_equal(common.stored_rows(path, make, 10, "b", 5), want) and asked[7:] == [0, 5], "a damaged note"
+    assert len(common.stored_rows(path, make, 8, "b", 5)) == 8 and asked[9:] == [0, 5], "another count"
+    cut = 0
+    with pytest.raises(KeyboardInterrupt):
+        common.stored_rows(path, make, 8, "c", 5)
+    cut = None
+    assert len(common.stored_rows(path, make, 8, "b", 5)) == 8 and asked[12:] == [0, 5], "what c began is not b's"
     shared = tmp_path / "shared.npy"
     for found in ranks(monkeypatch, 2, lambda: common.stored_rows(shared, make, 10, "a", 3)):
         assert np.array_equal(found, want)
-    assert sorted(asked[9:]) == [0, 3, 6, 9], "the ranks share the work"
+    assert sorted(asked[14:]) == [0, 3, 6, 9], "the ranks share the work"
 
 
 def test_a_fingerprint_is_of_every_bit_and_name():
