@@ -1061,7 +1061,7 @@ def store_tokens(tokenizer, dataset, run):
         ids = encode_crops(tokenizer, dataset, np.arange(first, last), run.device)
         return ids.to("cpu", dtype)
 
-    recipe = f"{common.fingerprint(tokenizer)} {len(dataset)}"      # all else stands in the run's config.json
+    recipe = common.fingerprint(tokenizer)      # all else stands in the run's config.json
     return common.stored_rows(run.folder / "tokens.npy", make, len(dataset), recipe)
 
 
