@@ -278,7 +278,7 @@ def launch(main, cfg, check, prepare, processes=None):
         check_ranges(cfg)
         check_machine(cfg, processes)
         check(cfg)
-        torch.set_num_threads(min(torch.get_num_threads(), processors()))
+        torch.set_num_threads(choose_threads(cfg))
         if processes > 1 and "RANK" in os.environ:
             join_group(cfg, local)
         prepared = os.environ.get("TORCHELASTIC_RUN_ID") == "prepared"      # by the parent, in spawn
@@ -370,6 +370,16 @@ def require_memory(cfg, build, copies=5):
         have = math.inf
     require(asked <= have, f"this model needs {asked:,} bytes to train; {device_of(cfg)} has {have:,}")
     return model
+
+
+def choose_threads(cfg):
+    """Threads for torch: OMP_NUM_THREADS of them; else one for a demo, one a processor for all else.
+
+    A demo's tensors are small. On a quiet machine a second thread saves at most a quarter of its time; beside
+    other busy processes two threads, each waiting for the other, take several times as long as one.
+    """
+    one = cfg.preset == "demo" and "OMP_NUM_THREADS" not in os.environ
+    return 1 if one else min(torch.get_num_threads(), processors())
 
 
 def join_group(cfg, local):
@@ -933,7 +943,8 @@ class Run:
 
     def introduce(self, step):
         """One line: where, on what, how much, from which step to which."""
-        chip = f"cpu ({torch.get_num_threads()} threads)"
+        threads = torch.get_num_threads()
+        chip = f"cpu ({threads} threads)" if threads > 1 else "cpu (1 thread; more by OMP_NUM_THREADS)"
         precision = "fp32"
         if self.device.type == "cuda":
             chip = torch.cuda.get_device_name()

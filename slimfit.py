@@ -1071,8 +1071,6 @@ def evaluate(model, dataset, rows):
 
 def train(cfg):
     """Fine-tune cfg; with --compare, in full and at each rate; with --pretrain, after pre-training."""
-    if common.device_of(cfg).type == "cpu" and cfg.width <= 128:
-        torch.set_num_threads(1)                              # so small that a second one would only wait
     dataset = open_split(cfg, "train")
     test = open_split(cfg, "test")                            # of GLUE dev, where the authors measure, too
     half = 2 if cfg.pretrain else 0

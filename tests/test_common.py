@@ -310,7 +310,7 @@ def test_two_processes(toy):
     assert process.returncode == 128 + signal.SIGTERM and err == "", err
     lines = out.splitlines()
     assert lines[0] == "no GPU in use: 2 processes share the CPU over gloo"
-    assert re.fullmatch(r"runs/toy/demo: cpu \(1 threads\), 2 processes over gloo, fp32, batch 8, 4 parameters, "
+    assert re.fullmatch(r"runs/toy/demo: cpu \(1 thread; more by OMP_NUM_THREADS\), 2 processes over gloo, fp32, batch 8, 4 parameters, "
                         r"steps 0 to 9", lines[1])
     assert [line.split()[1] for line in lines[2:]] == ["4/9", "15:"], "rank 0 alone prints, one line a log step"
     assert Path("prepared").read_text() == "once "
@@ -1136,6 +1136,21 @@ def test_threads_keep_to_the_share_of_the_process(toy, monkeypatch, tmp_path):
         monkeypatch.setattr(Path, "read_text", lambda path, text=text: text + "\n")
         assert common.processors() == count, text
         monkeypatch.undo()
+
+
+def test_a_demo_runs_on_one_thread_unless_told(run, toy, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1] if chosen else 2)
+    monkeypatch.setattr(common, "processors", lambda: 3)
+    for words, told, count in (((), None, 1), (("--preset", "big/2"), None, 2), ((), "2", 2), (("--steps", 3), None, 1)):
+        chosen.clear()
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if told:
+            monkeypatch.setenv("OMP_NUM_THREADS", told)
+        code, out, _ = run(*words)
+        assert code == 0 and chosen[0] == count, words
+        assert ("cpu (1 thread; more by OMP_NUM_THREADS)" if count == 1 else "cpu (2 threads)") in out
 
 
 def test_a_stage_whose_earlier_stage_changed_starts_anew(toy, capsys):

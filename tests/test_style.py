@@ -25,12 +25,12 @@ METHODS = list(TINY)
 FILES = [*METHODS, "common", "data"]
 CODE_LINES = {                                      # a line a file, so that changes do not collide
     "arflow": 457,
-    "common": 1176,
+    "common": 1180,
     "data": 1010,
     "detailflow": 882,
     "flextok": 893,
     "gpipe": 985,
-    "slimfit": 831,
+    "slimfit": 829,
     "vitok": 902,
 }
 BANNERS = ["Configuration", "Building blocks", "Model", "Objective", "Sampling", "Training", "Checks", "Command line"]
