@@ -197,8 +197,11 @@ class Block(nn.Module):
         """SwiGLU (F8)."""
         return self.w2(F.silu(self.w1(h)) * self.w3(h))                                          # (B, N, D)
 
-    def forward(self, h, mask):
-        h = h + self.attention(self.norm(h), mask=mask)                                          # (B, N, D)
+    def forward(self, h, mask, first=0):
+        """What leaves the block from position `first` on; all of h (B, M, D) is looked at."""
+        x = self.norm(h)                                                                         # (B, M, D)
+        kv = self.attention.keys_values(x)                                               # each (B, H, M, d)
+        h = h[:, first:] + self.attention(x[:, first:], kv, mask[..., first:, :])                # (B, N, D)
         return h + self.mlp(self.norm(h))                                                        # (B, N, D)
 
 
@@ -351,8 +354,10 @@ class Encoder(nn.Module):
         registers = self.registers.expand(len(x), -1, -1)                                        # (B, R, D)
         h = torch.cat([patches, registers], 1)                                                 # (B, P+R, D)
         for block in self.blocks:
-            h = block(h, self.mask)                                                            # (B, P+R, D)
-        return self.head(self.norm(h[:, patches.shape[1]:]))                                     # (B, R, Q)
+            # Nobody reads the patches that would leave the last block.
+            first = patches.shape[1] if block is self.blocks[-1] else 0
+            h = block(h, self.mask, first)                                                       # (B, N, D)
+        return self.head(self.norm(h))                                                           # (B, R, Q)
 
 
 def timestep_embedding(t, T):

@@ -63,7 +63,7 @@ F2  | patchify: x.permute( | encoder_small: z tokens > test_official_encoder
 F3  | sincos_pos_embed: frequency = && wave = && torch.cat([wave.repeat_interleave | posemb: sincos_4x4_d64 sincos_8x8_d32 > test_official_position_table
 F4  | Encoder.forward: patches = && h = torch.cat([patches, registers], 1) | encoder_small: z tokens > test_official_encoder
 F5  | Encoder.__init__: mask = | encoder_small: z tokens > test_official_encoder
-F6  | Block.forward: h + self.attention( && h + self.mlp( | encoder_small: z > test_official_encoder
+F6  | Block.forward: h[:, first:] + self.attention( && h + self.mlp( | encoder_small: z > test_official_encoder
 F7  | Attention.forward: q = && k, v = && scale=8 / self.d; Attention.keys_values: self.norm( | encoder_small: z > test_official_encoder
 F8  | Block.mlp: F.silu(self.w1(h)) * self.w3(h) | encoder_small: z > test_official_encoder
 F9  | Encoder.forward: self.head(self.norm( ; Encoder.__init__: nn.init.zeros_(self.head.weight) | encoder_small: z > test_official_encoder

@@ -195,12 +195,22 @@ def test_fsq_never_computes_in_bf16():
 
 
 def outputs(encoder, x):
-    """Patches and z of an encoder."""
+    """Patches, the last time that somebody reads them, and z of an encoder."""
     seen = []
-    handle = encoder.blocks[-1].register_forward_hook(lambda m, args, out: seen.append(out))
+    handle = encoder.blocks[-1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     z = encoder(x)
     handle.remove()
     return seen[0][:, :9], z
+
+
+@torch.no_grad()
+def test_a_block_answers_for_the_last_positions_alone():
+    encoder = tokenizer().encoder
+    h = torch.randn(2, 17, 32, dtype=encoder.registers.dtype)
+    block, mask = encoder.blocks[0], encoder.mask
+    for first in (0, 9, 16):
+        close(block(h, mask, first), block(h, mask)[:, first:], 1e-6)
+    assert len(encoder.blocks) > 1 and mask.shape == (17, 17)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ CODE_LINES = {                                      # a line a file, so that cha
     "common": 1180,
     "data": 1010,
     "detailflow": 882,
-    "flextok": 893,
+    "flextok": 896,
     "gpipe": 985,
     "slimfit": 829,
     "vitok": 902,
