@@ -66,7 +66,7 @@ class GridEncoder(flextok.Encoder):
     def forward(self, x):
         h = self.embed(flextok.patchify(x, self.p)) + self.pos_embed
         for block in self.blocks:
-            h = block(h, None)
+            h = block(h, h.new_ones(h.shape[1], h.shape[1], dtype=torch.bool))
         return self.head(self.norm(h))
 
 
@@ -90,7 +90,7 @@ def fit(cfg, always=None, regress=False, grid=False):
         model = build()
         ema = copy.deepcopy(model).requires_grad_(False)
         opt = flextok.optimizer(model, cfg)
-        for step in range(cfg.steps_tokenizer):
+        for step in range(cfg.steps_tokenizer or cfg.steps):
             x, draws = flextok.draw(dataset, cfg, step, device)
             if always:
                 draws["num_tokens"] = torch.full_like(draws["num_tokens"], always)
@@ -122,7 +122,7 @@ def fit_ar(cfg, tokenizer):
         ema = copy.deepcopy(model).requires_grad_(False)
         opt = flextok.optimizer(model, cfg, decay=0.05)
         once = dataclasses.replace(cfg, crops=1)
-        for step in range(cfg.steps_ar):
+        for step in range(cfg.steps_ar or cfg.steps):
             batch, draws = flextok.draw_ar(tokenizer, dataset, ids, conditions, once, step, device)
             common.set_learning_rate(opt, flextok.learning_rate(cfg, step, "ar"))
             opt.zero_grad()
