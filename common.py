@@ -321,6 +321,11 @@ def ignore_output():
     sys.stdout = open(os.devnull, "w")
 
 
+def batch_size(cfg, stage):
+    """Rows a step of a stage, over all processes: --batch_STAGE where the method has it and it is not 0."""
+    return getattr(cfg, f"batch_{stage}", 0) or cfg.batch
+
+
 def check_machine(cfg, processes):
     """UserError where this machine cannot do what all methods may ask of it: a device, so many GPUs, equal
     shares of the batch."""
@@ -331,8 +336,11 @@ def check_machine(cfg, processes):
         require(value >= 1, f"--{name} {value}: must be >= 1")
     require(cfg.lr > 0, f"--lr {cfg.lr}: must be > 0")
     parts = processes * getattr(cfg, "accumulate", 1)
-    whole = cfg.sample or cfg.batch % parts == 0
-    require(whole, f"--batch {cfg.batch}: must be a multiple of {parts}, its parts in all processes")
+    for name in vars(cfg):
+        if name.startswith("batch"):
+            value = getattr(cfg, name)
+            whole = cfg.sample or value % parts == 0
+            require(whole, f"--{name} {value}: must be a multiple of {parts}, its parts in all processes")
     words = ("auto", "cpu", "cuda") if have else ("auto", "cpu")
     require(cfg.device in words, f"--device {cfg.device}: this machine has {', '.join(words)}")
     fits = cfg.device == "cpu" or not have or asked <= have
@@ -952,8 +960,9 @@ class Run:
         model = next(iter(self.objects.values()))
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         processes = f"{world()} processes over {dist.get_backend()}" if world() > 1 else "1 process"
-        self.say(f"{self.folder}: {chip}, {processes}, {precision}, batch {self.cfg.batch}, "
-                 f"{params:,} parameters, steps {step} to {self.total}")
+        batch = batch_size(self.cfg, self.stage)
+        self.say(f"{self.folder}: {chip}, {processes}, {precision}, batch {batch}, {params:,} parameters, "
+                 f"steps {step} to {self.total}")
 
     def weight_sums(self):
         """One number a parameter, float64: equal on all ranks at first, finite when saved.

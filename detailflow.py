@@ -835,7 +835,7 @@ def draw_ar(dataset, cfg, step, device, stored=None):
 
     Without stored ids it is images and labels, and there are draws s (B,) or None and noise (B, N) as well.
     """
-    index, draws = draw_images(dataset, cfg, step, "ar", cfg.batch_ar or cfg.batch)
+    index, draws = draw_images(dataset, cfg, step, "ar", common.batch_size(cfg, "ar"))
     y = torch.from_numpy(dataset.labels[index]).to(device)
     noisy = draws["noisy"][:, 0] < cfg.noisy                                                           # (B)
     drop = draws["drop"][:, 0] < cfg.label_dropout                                                     # (B)
@@ -1130,9 +1130,6 @@ def check(cfg):
     for name, part in (("size", "patch"), ("tokens", "group"), ("causal", "group")):
         whole = values[name] % values[part] == 0
         require(whole, f"--{name} {values[name]}: must be a multiple of --{part} {values[part]}")
-    parts = cfg.gpus * cfg.accumulate
-    whole = cfg.sample or cfg.batch_ar % parts == 0
-    require(whole, f"--batch_ar {cfg.batch_ar}: must be a multiple of {parts}, its parts in all processes")
     fits = cfg.group <= cfg.causal <= cfg.tokens and cfg.group < cfg.tokens
     require(fits, f"--tokens {cfg.tokens}: --group {cfg.group} must be less, --causal {cfg.causal} between")
     require(cfg.near <= cfg.codes, f"--near {cfg.near}: there are only {cfg.codes} codes")

@@ -13,9 +13,8 @@ Run:      python flextok.py                   3 minutes: accuracy .16 .23 .37 .6
           python flextok.py --sample runs/flextok/demo/tokenizer.pt --data shapes --encode tokens.npz
           python flextok.py --name words --condition text          and then draw what a sentence asks for:
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
-Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT. Without the paper's
-          text at hand, F1 to F33 number equations in this file's order, "published" is the official code and
-          configuration, "reported" what others write of the paper, "paper unknown" a guess.
+Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT (F1 to F33). Of the
+          paper we had its code, "published", others' words, "reported", but no text: "paper unknown".
 Scaled:   the demo: sizes, batch, rates, Muon, EMA, null, whole, std, shift, base, CFG; no flips, crops, REPA.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent; `latents:` reads cached ones and
           crops none); DINOv2, FLAN-T5-XL: --teacher loads a network, --text its states; stand-ins train here.
@@ -79,6 +78,7 @@ class Config:   # defaults are published, or marked: "reported", "paper unknown"
     steps_tokenizer: int = 0                # >= 0: of stage tokenizer; 0: --steps
     steps_ar: int = 0                       # >= 0: of stage ar; 0: --steps
     batch: int = 1024                       # >= 1: images a step, over all processes; reported for stage ar
+    batch_ar: int = 0                       # >= 0: of stage ar; 0: --batch
     accumulate: int = 1                     # >= 1: equal parts of a process's batch, one after the other
     lr: float = 3e-4                        # > 0: peak learning rate of the tokenizer; paper unknown
     lr_ar: float = 1.2e-3                   # > 0: of the GPT: reported for 49M, which is --gpt 10
@@ -715,21 +715,21 @@ def generate(model, cond, u, cfg):
 # --- Training ----------------------------------------------------------------
 
 # Width, heads and depth are one number, as in the paper: 12 blocks of 12 heads of 64 channels are "d12". The
-# demo is 12 pixels wide, with patches of 2. With patches of 4 its decoder had to carry 48 numbers of noise
-# through 64 channels, and its eight tokens learned the two colours of an image alone and no place. What else
-# three minutes need: Muon for AdamW (paper unknown), three of four images decoded from all tokens (k = 1 pays
-# for it), positions that differ in every channel, plain guidance in place of APG, a cool GPT.
+# demo's images are 12 pixels wide, in 9 patches: few but wide tokens learn more in a minute than 36 of 64
+# channels. What else three minutes need: Muon for AdamW (paper unknown), three of four images decoded from
+# all tokens (k = 1 pays for it), positions that differ in every channel, two Euler steps under little and
+# plain guidance (more of either wants a decoder trained for longer), few ids, and a cool GPT.
 # Presets of the paper train one stage; the GPT's on tokens of the largest tokenizer, for the reported 300
 # epochs. paper unknown: precision, and all that Config calls so.
 PAPER = dict(data="latents:imagenet256.npz", stage="tokenizer", teacher="dinov2.pt2", bf16=True)
 PAPER_AR = dict(PAPER, stage="ar", encoder=18, decoder=28, steps=375_000)
 PAPER_TEXT = dict(PAPER_AR, condition="text", text="t5-xl.npy", cfg_scale_ar=3.0)
 PRESETS = {
-    "demo": dict(size=12, channels=3, flip=False, crop=1.0, crops=1, registers=8, levels="5,5,4,4,4,4",
-                 encoder=2, decoder=2, gpt=2, head=32, std=0.5, whole=0.75, null=0.05, shift=8.0, base=10.0,
-                 repa=0.0, steps=5000, steps_ar=1500, batch=16, lr=2e-3, lr_ar=3e-3, muon=3.0, warmup=0.025,
-                 ema=0.995, num_steps=4, cfg_scale=2.0, apg=False, cfg_scale_ar=3.0, temperature=0.4,
-                 save=1000),
+    "demo": dict(size=12, channels=3, flip=False, crop=1.0, crops=1, patch=4, registers=8,
+                 levels="4,4,4,4,4,4", encoder=2, decoder=2, gpt=2, head=48, std=0.5, whole=0.75, null=0.05,
+                 shift=8.0, base=10.0, repa=0.0, steps=4500, steps_ar=800, batch=16, batch_ar=64, lr=2e-3,
+                 lr_ar=3e-3, muon=3.0, warmup=0.025, ema=0.995, num_steps=2, cfg_scale=1.5,
+                 cfg_schedule="linear", apg=False, cfg_scale_ar=3.0, temperature=0.4, save=1000),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run
     "small": dict(data="cifar10", channels=3, registers=64, encoder=6, decoder=6, gpt=6, steps=40_000,
                   steps_ar=20_000, batch=128, ema=0.999, cfg_scale=2.0)}
@@ -746,9 +746,10 @@ OF_DATA = ("condition.table.weight", "condition.position", "empty")     # a GPT 
 def draw_index(dataset, cfg, step, stage):
     """A step's images, index (B,), and four uniform draws (B,): for all ranks, cut to this rank's share."""
     cpu_generator = common.make_generator(cfg.seed, step, f"{stage} data")
-    index = torch.randint(len(dataset), (cfg.batch,), generator=cpu_generator)
+    B = common.batch_size(cfg, stage)
+    index = torch.randint(len(dataset), (B,), generator=cpu_generator)
     # Of five columns four are used; another number would change what numbers a seed gives.
-    u = torch.rand(cfg.batch, 5, generator=cpu_generator)
+    u = torch.rand(B, 5, generator=cpu_generator)
     return common.shard(index).numpy(), common.shard(u).unbind(1)[:4]
 
 
@@ -756,7 +757,7 @@ def posterior_noise(dataset, cfg, step, stage, device):
     """The noise (B, C, h, w) of a step's latents (F1), for this rank; 0 where nothing is to be drawn."""
     if dataset.logvar is None:
         return 0.0
-    shape = (cfg.batch, *dataset.images.shape[1:])
+    shape = (common.batch_size(cfg, stage), *dataset.images.shape[1:])
     return common.shard_noise(shape, cfg.seed, step, f"{stage} posterior", device)
 
 
@@ -826,7 +827,7 @@ def store_tokens(tokenizer, dataset, cfg, run):
     images than that would be encodes those that it draws.
     """
     count = len(dataset) * cfg.crops
-    if count == 0 or run.total * cfg.batch < count:
+    if count == 0 or run.total * common.batch_size(cfg, "ar") < count:
         return None
     kind = torch.uint16 if math.prod(parse_levels(cfg.levels)) <= 2 ** 16 else torch.int32
 

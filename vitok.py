@@ -788,11 +788,6 @@ PRESETS = {
 TARGET = dict(psnr=23.25, accuracy=0.75)    # mean - 4 s.d. of seeds 0 to 4: 23.57 +- .08, .867 +- .029
 
 
-def stage_batch(cfg, stage):
-    """Clips a step of a stage, over all processes."""
-    return getattr(cfg, f"batch_{stage}", 0) or cfg.batch
-
-
 def clips(dataset, index, device="cpu"):
     """Images or clips `index` as (B, 3, T, H, W) in [-1, 1], made on the device."""
     x = dataset.pixels(index, device).to(torch.get_default_dtype())
@@ -805,7 +800,7 @@ def draw(dataset, cfg, step, device, stage="ae"):
     Drawn for the global batch B, cut to this rank's share: noise of V3, a draw of length for the masked
     variant, and for stage dit time, eps and drop.
     """
-    B = stage_batch(cfg, stage)
+    B = common.batch_size(cfg, stage)
     M = sizes(cfg).M
     generator = common.make_generator(cfg.seed, step, f"{stage} data")
     index = torch.randint(len(dataset), (B,), generator=generator)
@@ -847,7 +842,7 @@ def learning_rate(cfg, step, stage="ae"):
         rise = done / warmup
     else:
         rise = 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-    return peak * stage_batch(cfg, stage) * frames / 256 * (low + (1 - low) * rise)
+    return peak * common.batch_size(cfg, stage) * frames / 256 * (low + (1 - low) * rise)
 
 
 def optimizer(model, cfg, muon=0.0):
@@ -948,7 +943,7 @@ def train_decoder(cfg):
     start = run.restore(frozen={"encoder": model.encoder}, decoder=decoder, ema=ema, disc=disc, opt=opt,
                         opt_disc=opt_disc)
     common.compile_blocks(cfg, model.blocks)
-    peak_disc = cfg.lr_disc * stage_batch(cfg, "decoder") / 256
+    peak_disc = cfg.lr_disc * common.batch_size(cfg, "decoder") / 256
     read = common.read_ahead(lambda step: draw(dataset, cfg, step, device, "decoder"), device, run.total)
     for step in run.steps(start):
         batch, draws = read(step)
@@ -1038,10 +1033,6 @@ def check(cfg):
     """Every mistake that can be seen without the data; UserError with one line."""
     for point in parse_sweep(cfg):
         sizes(point)
-    parts = cfg.gpus * cfg.accumulate
-    rest = cfg.batch_decoder % parts + cfg.batch_dit % parts
-    common.require(cfg.sample or rest == 0, f"--batch_decoder, --batch_dit: must be multiples of {parts}, "
-                                            "--gpus times --accumulate")
     fits = cfg.sweep or cfg.stage in ("ae", "dit") or math.log2(cfg.size).is_integer()
     common.require(fits, f"--size {cfg.size}: the discriminator needs a power of two; --stage ae does not")
     common.require(cfg.sample or not cfg.export + cfg.decode, "--export, --decode: only with --sample")

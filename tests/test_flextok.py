@@ -4,6 +4,7 @@ Oracles are written from the formulas (loops over tokens and images, closed form
 """
 
 import copy
+import re
 import dataclasses
 import itertools
 import json
@@ -854,7 +855,7 @@ def test_gpt_gradients_of_every_parameter(kind):
 # --- Command line --------------------------------------------------------------
 
 TINY = ["--size", "8", "--patch", "4", "--registers", "4", "--levels", "8,5", "--encoder", "1", "--decoder", "2", "--gpt", "1",
-        "--head", "8", "--steps", "2", "--batch", "4", "--num_steps", "2", "--count", "6", "--repa", "1"]
+        "--head", "8", "--steps", "2", "--batch", "4", "--batch_ar", "0", "--num_steps", "2", "--count", "6", "--repa", "1"]
 
 
 def run(*argv):
@@ -876,6 +877,7 @@ def run(*argv):
     (["--nested", "what"], "invalid choice"), (["--channels", "1"], "images (3, 12, 12); --channels, --size: (1, 12, 12)"), (["--crop", "0.5"], "--crop 0.5"),
     (["--data", "npz:nowhere.npz"], "nowhere.npz"), (["--data", "latents:nowhere.npz"], "nowhere.npz"),
     (["--sample", "nowhere.pt"], "nowhere.pt"), (["--batch", "3", "--gpus", "2"], "multiple of 2"),
+    (["--batch", "4", "--batch_ar", "3", "--gpus", "2"], "--batch_ar 3: must be a multiple of 2"), (["--batch_ar", "-1"], "--batch_ar -1"),
     (["--stage", "ar"], "runs/flextok/demo/tokenizer.pt is missing; `python flextok.py --preset demo --name demo --stage tokenizer` makes it"),
     (["--num_steps", "0"], "--num_steps 0"),
     (["--stage", "ar", "--repa", "0", "--tokenizer", "no.pt"], "no.pt"),
@@ -918,6 +920,16 @@ def latents_file(path, **arrays):
     g, shape = np.random.default_rng(0), (20, 4, 8, 8)
     pack = {name: g.normal(size=shape).astype(np.float16) for name in ("latents", "logvar", "latents_flip", "logvar_flip")}
     np.savez(path, **{"labels": np.arange(20) % 2, "scale": np.float32(0.5), **pack, **arrays})
+
+
+def test_stage_ar_may_have_a_batch_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sizes = []
+    plain = flextok.draw_index
+    monkeypatch.setattr(flextok, "draw_index", lambda *args: sizes.append(len(plain(*args)[0])) or plain(*args))
+    run(*TINY, "--steps", "1", "--batch", "4", "--batch_ar", "6")
+    said = re.findall(r"batch \d+", capsys.readouterr().out)
+    assert said == ["batch 4", "batch 6"] and set(sizes) == {4, 6}
 
 
 def test_what_the_data_lacks_is_said_before_training(trained, tmp_path, monkeypatch, capsys):
@@ -964,7 +976,7 @@ def test_steps_given_count_for_both_stages():
     def steps(*words):
         cfg = common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, [*words])
         return cfg.steps_tokenizer, cfg.steps_ar
-    assert steps() == (5000, 1500) and steps("--steps", "4500") == (4500, 4500) and steps("--steps", "7", "--steps_ar", "3") == (7, 3)
+    assert steps() == (4500, 800) and steps("--steps", "4500") == (4500, 4500) and steps("--steps", "7", "--steps_ar", "3") == (7, 3)
 
 
 def test_a_tokenizer_that_trains_on_starts_stage_ar_anew(tmp_path, monkeypatch, capsys):

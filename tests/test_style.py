@@ -25,13 +25,13 @@ METHODS = list(TINY)
 FILES = [*METHODS, "common", "data"]
 CODE_LINES = {                                      # a line a file, so that changes do not collide
     "arflow": 457,
-    "common": 1180,
+    "common": 1186,
     "data": 1010,
-    "detailflow": 882,
-    "flextok": 896,
+    "detailflow": 879,
+    "flextok": 898,
     "gpipe": 985,
     "slimfit": 829,
-    "vitok": 902,
+    "vitok": 896,
 }
 BANNERS = ["Configuration", "Building blocks", "Model", "Objective", "Sampling", "Training", "Checks", "Command line"]
 FIFTH = {"gpipe": "Pipeline", "slimfit": "Scheduling"}                  # in the place of Sampling

@@ -872,7 +872,7 @@ def trained(tmp_path_factory):
     (["--sweep", "/4"], "--sweep '/4': write"), (["--sweep", "/4:0"], "--sweep '/4:0': write"),
     (["--sweep", "/3:4"], "--size 8: not in whole tubelets"),
     (["--vgg", "none.pt"], "none.pt: no such file"), (["--data", "npz:none.npz"], "none.npz"),
-    (["--batch_dit", "3", "--gpus", "2"], "--batch_decoder, --batch_dit: must be multiples of 2, --gpus times"),
+    (["--batch_dit", "3", "--gpus", "2"], "--batch_dit 3: must be a multiple of 2, its parts in all processes"),
     (["--sample", "none.pt"], "none.pt: ")])
 def test_bad_input_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -22,7 +22,7 @@ TINY = {
     "slimfit": dict(family="vit", image=8, patch=4, width=16, depth=1, heads=2, classes=10, keep=1.0, pretrain=4,
                     compare="0.5", steps=6, batch=4, lr=1e-3, log=2, save=3),
     "flextok": dict(size=8, patch=4, registers=4, encoder=1, decoder=2, gpt=1, head=8,
-                    levels="8,5", repa=1.0, steps=6, batch=4, lr=1e-3, num_steps=2, apg=True, count=4, log=2, save=3),
+                    levels="8,5", repa=1.0, steps=6, batch=4, batch_ar=0, lr=1e-3, num_steps=2, apg=True, count=4, log=2, save=3),
     "detailflow": dict(size=8, patch=4, tokens=8, group=2, causal=2, codes=16, dim=4, near=4, encoder="16x1x2x16",
                        decoder="16x1x2x16", gpt="16x1x2x16", degrade=0.5, kmeans=2,
                        perceptual=1.0, ramp=2, gan=0.2, gan_from=3, align=1.0, dropout=0.0, crops=0, muon=0.0,

@@ -560,7 +560,7 @@ def stored(scale):
             f"step {over:.2f} x the GPT alone, where encoding each image afresh took {step['afresh'] / step['GPT alone']:.2f} x; "
             f"the demo's {cfg.steps_ar:,} steps and the encoding of {len(ids):,} images {before / after:.2f} x less time "
             f"({after:.1f} s against {before:.1f} s of CPU time, one thread, medians of {len(seconds['stored'])} blocks in turn)"
-            + missing(shown, f"a run that sees an image more often than the demo does, {cfg.steps_ar * cfg.batch / len(ids):.1f} times"),
+            + missing(shown, f"a run that sees an image more often than the demo does, {cfg.steps_ar * common.batch_size(cfg, "ar") / len(ids):.1f} times"),
             "verdict": judged(shown), "numbers": {"encoding": encoding, "step": seconds}}
 
 
