@@ -66,6 +66,7 @@ class Quiet:
 
     def __init__(self, cfg, stage, classes):
         self.cfg, self.stage, self.total = cfg, stage, cfg.steps
+        self.begins = False                                             # as a resumed run: no --init
 
     def seed_weights(self):
         torch.manual_seed(common.make_generator(self.cfg.seed, 0, f"{self.stage} weights").initial_seed())
