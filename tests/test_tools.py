@@ -8,7 +8,10 @@ import subprocess
 import sys
 import textwrap
 
+import data
+import detailflow
 from tests import ROOT, audit, exercise, kills, mutate
+from tests.claims import claim_detailflow
 
 import numpy as np
 import pytest
@@ -172,3 +175,15 @@ def test_two_kills_change_nothing(method, tmp_path):
     done = subprocess.run([sys.executable, "-m", "tests.kills", method, "--kills", "2"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "bitwise equal" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_claims_run_detailflows_own_stages(monkeypatch):
+    """Both stages of a row, one step each, through the stand-in for a run's folder."""
+    monkeypatch.setattr(claim_detailflow, "opened", lambda cfg, split, count=0: data.open_data("shapes", split, cfg.size, count=100))
+    monkeypatch.setitem(claim_detailflow.STEPS, "quick", dict(tokenizer=1, ar=1))
+    monkeypatch.setattr(claim_detailflow, "CACHE", {})
+    cfg = claim_detailflow.config("quick", 0, batch=4, batch_ar=4, kmeans=0)
+    tokenizer = claim_detailflow.fit(cfg, "quick")
+    model = claim_detailflow.fit_ar(cfg, "quick", tokenizer)
+    assert isinstance(tokenizer, detailflow.Tokenizer) and isinstance(model, detailflow.AR)
+    assert not any(p.requires_grad for p in (*tokenizer.parameters(), *model.parameters()))
