@@ -98,9 +98,9 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 OTHER_HEADS = {("XL", 2): 18}
 
 PRESETS = {
-    # 16 px, drawn shapes, two CPU cores; all values here and in `small` are our choice
-    "demo": dict(size=16, width=64, depth=4, heads=2, flip=False, steps=4400, batch=2, lr=3e-3, warmup=50,
-                 cooldown=0.5, ema=0.99, num_steps=50, cfg_scale=3.0, count=200, save=2200),
+    # 16 px, drawn shapes, one CPU core; all values here and in `small` are our choice
+    "demo": dict(size=16, width=64, depth=4, heads=2, flip=False, steps=4400, batch=2, lr=6e-3, warmup=100,
+                 cooldown=0.5, ema=0.995, num_steps=50, cfg_scale=3.0, count=200, save=2200),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run
     "small": dict(data="cifar10", width=256, depth=8, heads=4, steps=60_000, batch=32, lr=3e-4, ema=0.999),
     # the official code's models, on latents of an eighth of the picture's side

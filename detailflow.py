@@ -4,7 +4,7 @@ N tokens are an image, coarse to fine; the first n show it at R(n) pixels. A tra
     [patches | query 1 ... N] -> encoder -> codebook -> token 1 ... N        a query sees no later group
     [mask ... mask | token 1 ... n] -> decoder -> image of R(n) pixels       fewer tokens, fewer masks
     class -> token 1, ..., token g, then g tokens a step                     stop after any group and decode
-Run:      python detailflow.py       demo, 3 minutes on 2 CPU cores: error .041 to .049, accuracy .93 to .96
+Run:      python detailflow.py       demo, 3 minutes on one CPU core: error .041 to .049, accuracy .93 to .96
           python detailflow.py --preset DetailFlow-16 --data folder:imagenet --teacher siglip2.pt --gpus 8
           python detailflow.py --sample CHECKPOINT --classes 6 --keep 8      (--encode, --decode, --export F)
 Faithful: D1 to D20 (our numbers), but for "our choice" and "differs". Scaled: the demo, which has Muon, too.

@@ -727,7 +727,7 @@ PAPER_TEXT = dict(PAPER_AR, condition="text", text="t5-xl.npy", cfg_scale_ar=3.0
 PRESETS = {
     "demo": dict(size=12, channels=3, flip=False, crop=1.0, crops=1, patch=4, registers=8,
                  levels="4,4,4,4,4,4", encoder=2, decoder=2, gpt=2, head=48, std=0.5, whole=0.75, null=0.05,
-                 shift=8.0, base=10.0, repa=0.0, steps=4500, steps_ar=800, batch=16, batch_ar=64, lr=2e-3,
+                 shift=8.0, base=10.0, repa=0.0, steps=5200, steps_ar=700, batch=16, batch_ar=64, lr=2e-3,
                  lr_ar=3e-3, muon=3.0, warmup=0.025, ema=0.995, num_steps=2, cfg_scale=1.5,
                  cfg_schedule="linear", apg=False, cfg_scale_ar=3.0, temperature=0.4, save=1000),
     # CIFAR-10 for one GPU; planned for under an hour, not yet run

@@ -976,7 +976,7 @@ def test_steps_given_count_for_both_stages():
     def steps(*words):
         cfg = common.cli(flextok.Config, flextok.PRESETS, flextok.__doc__, [*words])
         return cfg.steps_tokenizer, cfg.steps_ar
-    assert steps() == (4500, 800) and steps("--steps", "4500") == (4500, 4500) and steps("--steps", "7", "--steps_ar", "3") == (7, 3)
+    assert steps() == (5200, 700) and steps("--steps", "4500") == (4500, 4500) and steps("--steps", "7", "--steps_ar", "3") == (7, 3)
 
 
 def test_a_tokenizer_that_trains_on_starts_stage_ar_anew(tmp_path, monkeypatch, capsys):

@@ -27,7 +27,8 @@ CACHE = {}                                           # trained weights of this p
 
 def config(length, seed, **changes):
     """The demo's configuration with the steps of a quick or a full look."""
-    fields = {**arflow.PRESETS["demo"], "steps": STEPS[length], "seed": seed, **changes}
+    rate = {"lr": 3e-3, "warmup": 50, "ema": 0.99}                       # of the demo when the figures were stored
+    fields = {**arflow.PRESETS["demo"], **rate, "steps": STEPS[length], "seed": seed, **changes}
     return dataclasses.replace(arflow.Config(), **fields)
 
 
