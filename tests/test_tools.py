@@ -2,6 +2,8 @@
 
 import ast
 import collections
+import importlib
+import json
 import os
 import re
 import subprocess
@@ -175,6 +177,14 @@ def test_two_kills_change_nothing(method, tmp_path):
     done = subprocess.run([sys.executable, "-m", "tests.kills", method, "--kills", "2"], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "bitwise equal" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["common", *METHODS])
+def test_every_claim_has_a_row_that_can_be_run(name):
+    """Each stored row is a function of its file, by that name."""
+    rows = [row.__name__ for row in importlib.import_module(f"tests.claims.claim_{name}").ROWS]
+    stored = json.loads((ROOT / "assets/claims" / f"{name}.json").read_text())["rows"]
+    assert len(set(rows)) == len(rows) and set(stored) <= set(rows)
 
 
 def test_the_claims_run_detailflows_own_stages(monkeypatch):

@@ -555,12 +555,13 @@ def stored(scale):
     before, after = cfg.steps_ar * step["afresh"], encoding + cfg.steps_ar * step["stored"]
     over = step["stored"] / step["GPT alone"]
     shown = over <= 1.1 and before / after >= 1.4
+    seen = cfg.steps_ar * common.batch_size(cfg, "ar") / len(ids)
     return {"claim": "stage ar reads stored tokens: a whole step takes at most 1.1 x the GPT alone, the demo's stage at least 1.4 x less time",
             "paper": "tokens of ten crops are stored", "measured":
             f"step {over:.2f} x the GPT alone, where encoding each image afresh took {step['afresh'] / step['GPT alone']:.2f} x; "
             f"the demo's {cfg.steps_ar:,} steps and the encoding of {len(ids):,} images {before / after:.2f} x less time "
             f"({after:.1f} s against {before:.1f} s of CPU time, one thread, medians of {len(seconds['stored'])} blocks in turn)"
-            + missing(shown, f"a run that sees an image more often than the demo does, {cfg.steps_ar * common.batch_size(cfg, "ar") / len(ids):.1f} times"),
+            + missing(shown, f"a run that sees an image more often than the demo does, {seen:.1f} times"),
             "verdict": judged(shown), "numbers": {"encoding": encoding, "step": seconds}}
 
 
