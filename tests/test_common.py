@@ -1138,6 +1138,22 @@ def test_threads_keep_to_the_share_of_the_process(toy, monkeypatch, tmp_path):
         monkeypatch.undo()
 
 
+def test_all_fields_of_a_batch_are_shared_out(toy, capsys):
+    """A stage's own batch: whole shares for every process, named in the introduction; 0 is --batch."""
+    @dataclasses.dataclass
+    class Staged(toy.Config):
+        batch_ar: int = 0
+
+    for own, count in ((0, 4), (6, 6)):
+        cfg = Staged(batch=4, batch_ar=own, steps=1, name=f"own-{own}")
+        assert common.batch_size(cfg, "ar") == count and common.batch_size(cfg, "tokenizer") == 4
+        common.check_machine(cfg, 2)
+        common.Run(cfg, "ar").restore(model=nn.Linear(2, 1))
+        assert f"batch {count}, " in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="--batch_ar 5: must be a multiple of 2"):
+        common.check_machine(Staged(batch=4, batch_ar=5), 2)
+
+
 def test_a_demo_runs_on_one_thread_unless_told(run, toy, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
