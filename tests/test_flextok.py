@@ -4,11 +4,11 @@ Oracles are written from the formulas (loops over tokens and images, closed form
 """
 
 import copy
-import re
 import dataclasses
 import itertools
 import json
 import math
+import re
 import typing
 from pathlib import Path
 
