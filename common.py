@@ -383,8 +383,8 @@ def require_memory(cfg, build, copies=5):
 def choose_threads(cfg):
     """Threads for torch: OMP_NUM_THREADS of them; else one for a demo, one a processor for all else.
 
-    A demo's tensors are small. On a quiet machine a second thread saves at most a quarter of its time; beside
-    other busy processes two threads, each waiting for the other, take several times as long as one.
+    A demo's tensors are small. On a quiet machine a second thread saves some quarter of its time, or nothing;
+    beside other busy processes two threads, each waiting for the other, take several times as long as one.
     """
     one = cfg.preset == "demo" and "OMP_NUM_THREADS" not in os.environ
     return 1 if one else min(torch.get_num_threads(), processors())

@@ -15,7 +15,7 @@ Run:      python flextok.py                   3 minutes: accuracy .15 .22 .49 .8
           python flextok.py --sample runs/flextok/words/ar.pt --prompt "a large red star in the centre"
 Faithful: mask, FSQ, nested dropout, null condition, flow decoder, losses, guidances, GPT (F1 to F33). Of the
           paper we had its code, "published", others' words, "reported", but no text: "paper unknown".
-Scaled:   the demo: sizes, batch, rates, Muon, EMA, null, whole, std, shift, base, CFG; no flips, crops, REPA.
+Scaled:   demo: sizes, batch, rates, Muon, EMA, null, whole, std, shift, base, sampler; no flips, crops, REPA.
 Left out: muP but for its logit scale; the VAE (pixels are their own latent; `latents:` reads cached ones and
           crops none); DINOv2, FLAN-T5-XL: --teacher loads a network, --text its states; stand-ins train here.
 Letters:  B images, C channels, h w sides, p patch side, P patches, R registers/tokens, N positions, D width,
