@@ -15,6 +15,7 @@ from tests import ROOT
 import torch
 
 FOLDER = ROOT / "assets" / "claims"
+OPEN = ("not shown at this scale", "reversed")
 
 
 def measure(name, scale, only=()):
@@ -67,13 +68,17 @@ def pages(stored):
              "`python -m tests.claims --table`, from the JSON files beside it, which hold command, seconds, hardware and raw figures",
              "of every row. All figures are toy-scale, beside the paper's and never in its place. The column `seeds` says how many",
              "trainings a figure rests on (accounts and timings have none and count as one): where it is 1, \"shown\" means that one",
-             "short run points the paper's way, no more. The verdicts' rules were written before the runs, unless a word says otherwise.", ""]
+             "short run points the paper's way, no more. The verdicts' rules were written before the runs, unless a word says otherwise.",
+             "What an open row would take is a judgement, untested.", ""]
     for name, content in stored.items():
         parts += [f"## {name}.py", ""]
         parts += [f"- {note}" for note in content.get("notes", [])]
         parts += ["", "| claim | the paper | here | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
-        for row in content["rows"].values():
+        needed = importlib.import_module(f"tests.claims.claim_{name}").NEEDED
+        for key, row in content["rows"].items():
             here = row["measured"].replace(" (n = 1)", "").replace("; ", "<br>")
+            if row["verdict"] in OPEN:
+                here += f"<br>*To show it would take:* {needed[key]}"
             count = 3 if "n = 3" in row["measured"] else 1 if row["verdict"] != "not run" else "-"      # a timing has no seeds
             parts.append(f"| {row['claim']} | {row['paper']} | {here} | {count} | {row['verdict']} |")
         for figure in sorted((ROOT / "assets").glob(f"{name}_*.svg")):

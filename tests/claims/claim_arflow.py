@@ -399,3 +399,9 @@ def gpu(scale):
 
 ROWS = [guidance, mechanism, carry_or_reset, cost, step_price, baselines, sequences, attention, gpu]
 LONG = [sequences, attention]                       # in a quick look only when named: seven minutes each
+# Of rows that are not shown: what it would take. A judgement, untested.
+NEEDED = {
+    "carry_or_reset": "a task or a length at which the state pays: without one softmax alone is ahead here (the row on chunks)",
+    "baselines": "the paper's length, 400,000 steps: the state has to be learnt before it can help",
+    "sequences": "a longer run, or some sixty seeds: sorted leads unsorted by half a standard deviation",
+    "attention": "a task or a length at which the state pays: without one softmax alone is ahead here"}

@@ -721,3 +721,13 @@ def gpu(scale):
 
 ROWS = [speed, var_cost, loading, stored, prefixes, order, parallel, noise, first_group, alignment, tokens, alphas, var, gpu]
 LONG = [tokens, alphas]                             # in a quick look only when named: three to five minutes each
+# Of rows that are not shown: what it would take. A judgement, untested.
+NEEDED = {
+    "var_cost": "pictures of 64 pixels and more: with few positions the larger number of steps decides",
+    "order": "a tokenizer trained until practising prefixes costs it nothing (rFD 16 against 10 without)",
+    "noise": "groups that can see what went wrong: an AR model in the loop, as in the row on parallel groups, which shows it",
+    "alignment": "generators that the ruler follows, and features that say more than the drawn shapes",
+    "tokens": "longer training: more tokens make the AR model's task longer before they make it better",
+    "alphas": "longer training, or seeds enough to tell neighbours of one curve apart",
+    "var": "pictures of more than 16 pixels: there 16 tokens stand for 30, at 256 pixels 128 for 680",
+    "stored": "a run that sees an image more often than the demo's 2.4 times"}

@@ -713,3 +713,7 @@ def gpus(scale):
 
 ROWS = [speedup, real_threads, overhead, beside_torchgpipe, slow_links, imbalance, table1, recompute_price, consistency, later_schedule, batch_norm,
         depth_tricks, multilingual, depth, batches, capacity, transfer, gpus]
+# Of rows that are not shown: what it would take. A judgement, untested.
+NEEDED = {
+    "depth_tricks": "a network that diverges without them: 48 layers of this width do not",
+    "depth": "more languages: both models already give nearly all right answers"}

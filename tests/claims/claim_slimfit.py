@@ -574,3 +574,8 @@ def gpu_tasks(scale):
 LONG = [mrpc, minilm_sst2, minilm_cola, minilm_rte, vit_s]
 ROWS = [memory, gpus, balance, switches, presets, gradients, step_time, checkpointing, rates, policies, mrpc, minilm_sst2, minilm_cola,
         minilm_rte, vit_s, gpu_peaks, gpu_tasks]
+# Of rows that are not shown: what it would take. A judgement, untested.
+NEEDED = {
+    "step_time": "tensors as large as BERT's: the demo's are so small that calls, not arithmetic, take the time",
+    "rates": "a longer run: of 250 steps a layer at rate 0.95 gets a dozen",
+    "policies": "layers that learn at different speeds: here each rule that reaches all of them does as well"}

@@ -496,3 +496,11 @@ def speed(scale):
 
 ROWS = [size_of_the_code, precision, convolutions, losses, depths, channels_and_generation, video, clip_length,
         video_tokens, export_memory, speed]
+# Of rows that are not shown: what it would take. A judgement, untested.
+NEEDED = {
+    "depths": "training until one block of the encoder has nothing left to gain",
+    "losses": "a teacher of real pictures and longer training: the perceptual term takes its share of few steps from the error",
+    "channels_and_generation": "longer training of the generators",
+    "video": "longer training, or frames that differ less than a shape moves in one",
+    "clip_length": "longer training: a longer clip is more to learn in as many steps",
+    "video_tokens": "a generator of clips that the ruler puts into their class"}
