@@ -172,21 +172,23 @@ def resolve(Config, PRESETS, preset, given):
     """A Config: the defaults, then the preset, then what was given, {field: value}.
 
     A stage's own number of steps, steps_X, is filled in: --steps_X if given, else --steps if given, else the
-    preset's steps_X, else its steps.
+    preset's steps_X, else its steps. So is its own batch_X.
     """
     values = {"preset": preset, **PRESETS[preset], **given}
-    return Config(**fill_steps(Config, values, given))
+    return Config(**fill_stages(Config, values, given))
 
 
-def fill_steps(Config, values, given):
-    """The values with every steps_X set, as `resolve` says."""
-    steps = values.get("steps", Config.steps)
-    stages = [field.name for field in fields(Config) if field.name.startswith("steps_")]
-    for name in stages:
-        overruled = "steps" in given and name not in given
-        if overruled or not values.get(name):
-            values = {**values, name: steps}
-    return values
+def fill_stages(Config, values, given):
+    """The values with every steps_X and batch_X set, as `resolve` says."""
+    filled = dict(values)
+    for field in fields(Config):
+        whole, _, stage = field.name.partition("_")
+        if whole not in ("steps", "batch") or not stage:
+            continue
+        overruled = whole in given and field.name not in given
+        if overruled or not values.get(field.name):
+            filled[field.name] = values.get(whole, getattr(Config, whole))
+    return filled
 
 
 def cli(Config, PRESETS, doc, argv=None):
@@ -246,7 +248,8 @@ def merge_stored(Config, stored, given, source, free):
         of_a_stage = name.startswith("steps_") and "steps" in free
         fine = name in free or of_a_stage or value == stored[name]
         require(fine, f"--{name} {value}: {source} has {stored[name]!r}; free are {', '.join(free)}")
-    return Config(**fill_steps(Config, {**stored, **given}, given))
+    changed = {name: value for name, value in given.items() if name in free}       # a stored batch is no news
+    return Config(**fill_stages(Config, {**stored, **given}, changed))
 
 
 def is_preset(cfg, PRESETS):

@@ -72,6 +72,8 @@ FAULTS = {
         ("choose_threads", "1 if one else", "2 if one else", "a demo waits for a second thread", "one_thread"),
         ("choose_threads", 'and "OMP_NUM_THREADS" not in os.environ', "and True", "a demo takes no more threads when told", "one_thread"),
         ("check_machine", 'if name.startswith("batch"):', 'if name == "batch":', "a stage's own batch may leave some process without a share", "fields_of_a_batch"),
+        ("fill_stages", 'whole not in ("steps", "batch")', 'whole != "steps"', "--batch leaves a stage its preset's batch", "batches_of_stages"),
+        ("merge_stored", "if name in free}", "}", "a resumed run's stage takes the batch of another", "batches_of_stages"),
         ("Run.introduce", "batch_size(self.cfg, self.stage)", "self.cfg.batch", "a stage is introduced with another's batch", "fields_of_a_batch"),
         ("seed_dropout", "make_generator(seed, step,", "make_generator(seed, 0,", "dropout is alike at all steps", "differs_by_rank"),
         ("shard_noise", "low = max(0, first - 64 * k)", "low = 0", "a rank in mid-block has the noise of another", "noise_in_shards"),

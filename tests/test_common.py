@@ -269,6 +269,26 @@ def test_steps_of_stages(toy):
     assert steps("--preset", "big/2", "--steps_ae", "3") == (70, 3, False)
 
 
+def test_batches_of_stages(toy, run):
+    """--batch_X given, else --batch given, else the preset's batch_X, else its batch; a resumed run keeps its own."""
+    source = TOY.replace("    batch: int", "    batch_ae: int = 0                       # of one stage\n    batch: int", 1)
+    Path("batched.py").write_text(source.replace("dict(batch=16, calls=7)", "dict(batch=16, batch_ae=32)"))
+    batched = importlib.import_module("batched")
+
+    def batches(*words):
+        cfg = common.cli(batched.Config, batched.PRESETS, "", [str(word) for word in words])
+        return cfg.batch, cfg.batch_ae
+
+    assert batches("--preset", "big/2") == (16, 32)
+    assert batches("--preset", "big/2", "--batch", 16) == (16, 16)              # the preset's own number, but given
+    assert batches("--preset", "big/2", "--batch", 8, "--batch_ae", 4) == (8, 4)
+    assert batches("--preset", "big/2", "--batch_ae", 4) == (16, 4)
+    assert batches("--batch", 4) == (4, 4)
+    cfg = common.cli(batched.Config, batched.PRESETS, "", ["--preset", "big/2", "--name", "kept"])
+    common.write_json(common.folder(cfg) / "config.json", dataclasses.asdict(cfg))
+    assert batches("--name", "kept", "--resume", "--preset", "big/2", "--batch", 16) == (16, 32)
+
+
 # --- Launch --------------------------------------------------------------------
 
 def test_launch_exits_with_what_main_returns(toy, run, monkeypatch):
