@@ -179,16 +179,14 @@ def resolve(Config, PRESETS, preset, given):
 
 
 def fill_stages(Config, values, given):
-    """The values with every steps_X and batch_X set, as `resolve` says."""
-    filled = dict(values)
-    for field in fields(Config):
-        whole, _, stage = field.name.partition("_")
-        if whole not in ("steps", "batch") or not stage:
-            continue
-        overruled = whole in given and field.name not in given
-        if overruled or not values.get(field.name):
-            filled[field.name] = values.get(whole, getattr(Config, whole))
-    return filled
+    """The values with every steps_X and batch_X set, as `resolve` says; given: the fields that are news."""
+    stages = [field.name for field in fields(Config) if field.name.startswith(("steps_", "batch_"))]
+    for name in stages:
+        whole = name.split("_")[0]
+        overruled = whole in given and name not in given
+        if overruled or not values.get(name):
+            values = {**values, name: values.get(whole, getattr(Config, whole))}
+    return values
 
 
 def cli(Config, PRESETS, doc, argv=None):
@@ -248,8 +246,7 @@ def merge_stored(Config, stored, given, source, free):
         of_a_stage = name.startswith("steps_") and "steps" in free
         fine = name in free or of_a_stage or value == stored[name]
         require(fine, f"--{name} {value}: {source} has {stored[name]!r}; free are {', '.join(free)}")
-    changed = {name: value for name, value in given.items() if name in free}       # a stored batch is no news
-    return Config(**fill_stages(Config, {**stored, **given}, changed))
+    return Config(**fill_stages(Config, {**stored, **given}, given.keys() & set(free)))
 
 
 def is_preset(cfg, PRESETS):
