@@ -726,7 +726,7 @@ NEEDED = {
     "var_cost": "pictures of 64 pixels and more: with few positions the larger number of steps decides",
     "order": "a tokenizer trained until practising prefixes costs it nothing (rFD 16 against 10 without)",
     "noise": "groups that can see what went wrong: an AR model in the loop, as in the row on parallel groups, which shows it",
-    "alignment": "generators that the ruler follows, and features that say more than the drawn shapes",
+    "alignment": "features that say more than ten drawn shapes: here the term only takes from the reconstruction (rFD)",
     "tokens": "longer training: more tokens make the AR model's task longer before they make it better",
     "alphas": "longer training, or seeds enough to tell neighbours of one curve apart",
     "var": "pictures of more than 16 pixels: there 16 tokens stand for 30, at 256 pixels 128 for 680",

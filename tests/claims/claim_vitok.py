@@ -499,7 +499,7 @@ ROWS = [size_of_the_code, precision, convolutions, losses, depths, channels_and_
 # Of rows that are not shown: what it would take. A judgement, untested.
 NEEDED = {
     "depths": "training until one block of the encoder has nothing left to gain",
-    "losses": "a teacher of real pictures and longer training: the perceptual term takes its share of few steps from the error",
+    "losses": "features of a network of real pictures: those of the small teacher raise the distance; the GAN lowers it, as in the paper",
     "channels_and_generation": "longer training of the generators",
     "video": "longer training, or frames that differ less than a shape moves in one",
     "clip_length": "longer training: a longer clip is more to learn in as many steps",
