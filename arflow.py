@@ -573,7 +573,7 @@ def train(cfg):
         run.log(step)
         run.save(step)                                                  # after a signal the process ends here
         preview(run, step, ema, cfg, dataset)                           # draws from its own generators
-    return finish(run, start, ema, cfg, dataset)
+    return finish(run, ema, cfg, dataset)
 
 
 # --- Checks ------------------------------------------------------------------
@@ -671,7 +671,7 @@ def preview(run, step, ema, cfg, dataset):
         draw_pictures(run, ema, cfg, dataset, 20)
 
 
-def finish(run, start, ema, cfg, dataset):
+def finish(run, ema, cfg, dataset):
     """Pictures, and what the ruler says of cfg.count samples.
 
     Returns the exit code: 1 below TARGET, which counts in a run of exactly the demo's settings. A finished
@@ -700,7 +700,7 @@ def finish(run, start, ema, cfg, dataset):
         return 0
     reached = result["accuracy"] >= TARGET
     run.say(f"target {TARGET}: {'reached' if reached else 'MISSED'}")
-    return 0 if reached or start == run.total else 1
+    return int(not reached and common.Run.trained)
 
 
 def sample_checkpoint(cfg):

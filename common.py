@@ -206,15 +206,15 @@ def cli(Config, PRESETS, doc, argv=None):
         elif cfg.resume:
             source = folder(cfg) / "config.json"
             free = ("name", "steps", "log", "save", "gpus", "device", "accumulate", "stage", "resume")
-            cfg = merge_stored(Config, read_config(source), {"name": cfg.name, **given}, source, free)
+            cfg = merge_stored(Config, read_stored(source), {**given, "name": cfg.name}, source, free)
         check_ranges(cfg)
         return cfg
     except (UserError, OSError) as error:
         quit_with(error)
 
 
-def read_config(path):
-    """The fields that a run stored in its config.json; UserError where there is none, or nothing readable."""
+def read_stored(path):
+    """The dict that a run stored as JSON, its config.json first of all; UserError where none can be read."""
     runs = sorted(found.parent.name for found in path.parent.parent.glob("*/config.json"))
     require(path.exists(), f"{path.parent}: no run to resume; there are: {', '.join(runs) or 'none'}")
     try:
@@ -246,7 +246,9 @@ def merge_stored(Config, stored, given, source, free):
         of_a_stage = name.startswith("steps_") and "steps" in free
         fine = name in free or of_a_stage or value == stored[name]
         require(fine, f"--{name} {value}: {source} has {stored[name]!r}; free are {', '.join(free)}")
-    return Config(**fill_stages(Config, {**stored, **given}, given.keys() & set(free)))
+    # a batch that was stored is no news, and overrules no stage's own
+    news = [name for name in given if name in free or name.startswith("steps_")]
+    return Config(**fill_stages(Config, {**stored, **given}, news))
 
 
 def is_preset(cfg, PRESETS):
@@ -274,6 +276,7 @@ def launch(main, cfg, check, prepare, processes=None):
     """
     local = int(os.environ.get("LOCAL_RANK", 0))
     processes = int(os.environ.get("WORLD_SIZE", processes or cfg.gpus))
+    Run.trained = False
     try:
         check_ranges(cfg)
         check_machine(cfg, processes)
@@ -754,7 +757,8 @@ def read_checkpoint(path, method, device="cpu"):
         saved = torch.load(path, map_location=device, weights_only=True)
         found = saved["method"]
     except Exception as error:                                  # whatever the bytes provoke
-        raise UserError(f"{path}: not a checkpoint of this project ({str(error)[:80]})") from None
+        reason = str(error)[:80] or type(error).__name__
+        raise UserError(f"{path}: not a checkpoint of this project ({reason})") from None
     require(found == method, f"{path}: a checkpoint of {found}.py, not of {method}.py")
     saved.setdefault("classes", [])
     for name, kind in dict(config=dict, step=int, sums=dict, state=dict, classes=list).items():
@@ -831,8 +835,11 @@ class Run:
     start = run.restore(model=model, ema=ema, opt=opt)
     for step in run.steps(start): ...; run.log(step, loss=value); run.save(step)
 
-    Beside the methods: device; total, the number of steps; folder; checkpoint, the path of the newest.
+    Beside the methods: device; total, the number of steps; folder; checkpoint, the path of the newest; of all
+    runs of this process: trained, whether any has taken a step. A finished one shows its result and exits 0.
     """
+
+    trained = False
 
     def __init__(self, cfg, stage="last", steps=None, classes=()):
         self.cfg = cfg
@@ -850,7 +857,7 @@ class Run:
         self.folder = folder(cfg)
         if cfg.resume and hasattr(cfg, "stage"):                # --stage with --resume is of this call alone
             stored = self.folder / "config.json"
-            self.config["stage"] = read_config(stored)["stage"] if stored.exists() else cfg.stage
+            self.config["stage"] = read_stored(stored)["stage"] if stored.exists() else cfg.stage
         suffix = "" if stage == "last" else f"-{stage}"
         self.checkpoint = self.folder / f"{stage}.pt"
         self.log_path = self.folder / f"log{suffix}.jsonl"
@@ -979,6 +986,7 @@ class Run:
         numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]      # nohup
         handlers = {number: signal.signal(number, self.on_signal) for number in numbers}
         self.clock = time.perf_counter()
+        Run.trained = Run.trained or start < self.total
         self.bar = tqdm(range(start, self.total), self.stage, self.total, initial=start,
                         disable=rank() > 0 or None)
         try:
@@ -1542,8 +1550,14 @@ def export_images(path, blocks, count):
         for _ in blocks:
             pass
         return
+    packed = Path(path).suffix == ".npz"
+    folder = Path(path).parent if packed else Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    require(os.access(folder, os.W_OK), f"--export {path}: no right to write there")
+    mixed = not packed and any(folder.glob("*.png"))
+    require(not mixed, f"--export {path}: holds pictures already, which would count; name another folder")
     pixels = (to_uint8(block).permute(0, 2, 3, 1).numpy() for block in blocks)
-    if Path(path).suffix == ".npz":
+    if packed:
         write_atomic(path, lambda file: write_npz(file, pixels, count))
         return
     number = 0

@@ -933,7 +933,8 @@ def train_tokenizer(cfg):
     disc = make_discriminator(S).to(device)
     if cfg.tokenizer:                       # the file may hold a part alone, such as SigLIP2's weights
         found = common.read_checkpoint(cfg.tokenizer, "detailflow")["state"]["tokenizer"]
-        model.load_state_dict(found, strict=False)
+        whole = {name: found.get(name, own) for name, own in model.state_dict().items()}
+        common.load_into({"tokenizer": model}, {"state": {"tokenizer": whole}}, cfg.tokenizer)
     common.load_init(run, model, "tokenizer")
     opt = optimizer_tokenizer(model, disc, cfg)
     start = run.restore(tokenizer=model, disc=disc, opt=opt)
@@ -1326,7 +1327,8 @@ def report(cfg, path, where):
         found["accuracy"] = common.accuracy(ruler, enlarge(decode_ids(tokenizer, ids), cfg.size), y)
     print(", ".join(f"{name} {value:.3g} (target {TARGET[name]})" for name, value in found.items()))
     missed = found.pop("error") > TARGET["error"] or any(found[name] < TARGET[name] for name in found)
-    return int(missed and cfg.preset == "demo" and common.is_preset(cfg, PRESETS))
+    counts = cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and common.Run.trained
+    return int(missed and counts)
 
 
 def read_tokens(cfg, codebook_hash):

@@ -1279,7 +1279,8 @@ def report(cfg, path, where):
         text = ", ".join(f"{share:.3f} ({name})" for name, share in found.items())
         print(f"{where}: accuracy {text}", flush=True)
         missed |= any(found.get(name, 1) < least for name, least in TARGET.items() if name != "error")
-    return int(cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and missed)
+    counts = cfg.preset == "demo" and common.is_preset(cfg, PRESETS) and common.Run.trained
+    return int(counts and missed)
 
 
 def write_tokens(tokenizer, cfg):
@@ -1339,6 +1340,8 @@ def use_checkpoint(cfg):
     gpt = load_gpt(cfg, cfg.sample)
     reads_words = gpt and gpt.is_text and not cfg.text
     common.require(reads_words or cfg.prompt == "captions", f"--prompt: {cfg.sample} never saw words")
+    of_words = gpt and gpt.is_text
+    common.require(not of_words or cfg.classes == "all", f"--classes: {cfg.sample} reads words, not classes")
     where = common.sample_folder(cfg)
     if cfg.encode:
         write_tokens(load_tokenizer(cfg, cfg.sample), cfg)

@@ -918,6 +918,9 @@ def finetune(cfg, variant, stage, dataset, weights, half=0):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     measured = {"measured": math.nan, "s a step": math.nan}
+    kept = run.folder / f"measured-{stage}.json"              # for a call that finds the stage finished
+    if cfg.resume and kept.exists():
+        measured = common.read_stored(kept)
     clock = time.perf_counter()
     read = common.read_ahead(lambda step: draw(dataset, order, cfg, step, device), device, run.total)
     for step in run.steps(start):
@@ -938,11 +941,13 @@ def finetune(cfg, variant, stage, dataset, weights, half=0):
         opt.step()
         scheduler.measure()
         run.log(step)
+        if run.due(step, cfg.log):
+            measured["s a step"] = (time.perf_counter() - clock) / (step + 1 - start)
+            if device.type == "cuda":
+                measured["peak"] = torch.cuda.max_memory_allocated(device)
+            if common.rank() == 0:
+                common.write_json(kept, measured)
         run.save(step)
-    if start < variant.steps:
-        measured["s a step"] = (time.perf_counter() - clock) / (variant.steps - start)
-    if device.type == "cuda":
-        measured["peak"] = torch.cuda.max_memory_allocated(device)
     return model, scheduler, measured
 
 
@@ -1096,7 +1101,7 @@ def train(cfg):
     common.write_json(common.folder(cfg) / "result.json", rows)
     if cfg.preset == "demo" and common.is_preset(cfg, PRESETS):
         print(f"target: accuracy {TARGET} at rate 0.75")
-        return int(rows["rate-0.75"]["accuracy"] < TARGET)
+        return int(rows["rate-0.75"]["accuracy"] < TARGET and common.Run.trained)
 
 
 # --- Checks ------------------------------------------------------------------

@@ -1023,7 +1023,7 @@ def train(cfg):
         return 0
     missed = [name for name, least in TARGET.items() if result[name] < least]
     print(f"target {TARGET}: {'MISSED: ' + ', '.join(missed) if missed else 'reached'}")
-    return 1 if missed else 0
+    return int(bool(missed) and common.Run.trained)
 
 
 # --- Checks ------------------------------------------------------------------
@@ -1230,7 +1230,8 @@ def report(cfg, path):
 
 def export_samples(cfg, tokenizer, generator):
     """--export of a generator: --count samples, frame after frame, as FID tools read them."""
-    labels = sample_labels(cfg, generator.classes, cfg.count).flatten()
+    chosen = common.parse_classes(cfg.classes, generator.classes)
+    labels = torch.from_numpy(np.resize(chosen, cfg.count))     # in turn
     blocks = (as_frames(x) for x in draw_samples(cfg, tokenizer, generator, labels))
     common.export_images(cfg.export, blocks, len(labels) * cfg.frames)
     return f"{cfg.export}: {len(labels)} samples"
@@ -1373,6 +1374,9 @@ def run_sweep(cfg):
     for row in rows:
         print(line.format(**row))
     for name in ("E", "MACs"):
+        if len({row[name] for row in rows}) < 3:                # two points lie on any line
+            print(f"PSNR on log2 {name}: no fit, for want of three values")
+            continue
         (slope, _), r2 = least_squares(np.log2([row[name] for row in rows]), [row["psnr"] for row in rows])
         print(f"PSNR on log2 {name}: {slope:+.2f} dB per doubling, R^2 {r2:.3f}")
     heads = ["original", *(f"E{row['E']} p{sizes(row['point']).p}" for row in rows)]

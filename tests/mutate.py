@@ -55,7 +55,7 @@ FAULTS = {
         ("train", "clip_grad_value_(model.parameters(), cfg.clip)", "clip_grad_norm_(model.parameters(), cfg.clip)", "gradients are clipped by norm, not by value", "training_by_value"),
         ("train", "ema_update(ema, model, cfg.ema)", "ema_update(ema, model, 1 - cfg.ema)", "decay and rate of the average are exchanged", "training_by_value"),
         ("train", "preview(run, step, ema,", "preview(run, step, model,", "pictures on the way show the raw weights", "averaged_weights or pictures_on"),
-        ("train", "finish(run, start, ema,", "finish(run, start, model,", "the pictures and the figure are of the raw weights", "averaged_weights or pictures_on"),
+        ("train", "finish(run, ema,", "finish(run, model,", "the pictures and the figure are of the raw weights", "averaged_weights or pictures_on"),
         ("sample_checkpoint", 'common.load_into({"ema": ema}, saved, cfg.sample)', 'ema.load_state_dict(saved["state"]["model"])', "--sample draws from the raw weights", "averaged_weights or sample_writes"),
         ("finish", 'test = open_split(cfg, "test",', 'test = open_split(cfg, "train",', "the distance is to training images", "averaged_weights or target_decides"),
     ],
@@ -73,7 +73,11 @@ FAULTS = {
         ("choose_threads", 'and "OMP_NUM_THREADS" not in os.environ', "and True", "a demo takes no more threads when told", "one_thread"),
         ("check_machine", 'if name.startswith("batch"):', 'if name == "batch":', "a stage's own batch may leave some process without a share", "fields_of_a_batch"),
         ("fill_stages", '("steps_", "batch_")', '"steps_"', "--batch leaves a stage its preset's batch", "batches_of_stages"),
-        ("merge_stored", "given.keys() & set(free)", "given", "a resumed run's stage takes the batch of another", "batches_of_stages"),
+        ("merge_stored", 'if name in free or name.startswith("steps_")]', "]", "a resumed run's stage takes the batch of another", "batches_of_stages"),
+        ("merge_stored", ' or name.startswith("steps_")', "", "--resume --steps does away with the --steps_X beside it", "steps_of_stages"),
+        ("cli", '{**given, "name": cfg.name}', '{"name": cfg.name, **given}', "a resumed run without a name is written among all runs", "empty_name"),
+        ("export_images", "not packed and any(", "not any(", "an export is mixed with an earlier one", "both_ways"),
+        ("Run.steps", "start < self.total", "True", "a finished demo below its target fails at every look", "shows_its_result"),
         ("Run.introduce", "batch_size(self.cfg, self.stage)", "self.cfg.batch", "a stage is introduced with another's batch", "fields_of_a_batch"),
         ("seed_dropout", "make_generator(seed, step,", "make_generator(seed, 0,", "dropout is alike at all steps", "differs_by_rank"),
         ("shard_noise", "low = max(0, first - 64 * k)", "low = 0", "a rank in mid-block has the noise of another", "noise_in_shards"),
@@ -160,6 +164,7 @@ FAULTS = {
         ("load", 'common.load_into({"ema": ar}, saved, path)', 'ar.load_state_dict(saved["state"]["model"])', "pictures and figures are of the raw weights", "exported_samples or run_starts or averaged"),
         ("report", 'open_split(cfg, "judge"), "ruler")', 'open_split(cfg, "judge"), "teacher")', "the figure is the teacher's, whom the model has seen", "demo_that_misses or leaves_its_folder"),
         ("measure", 'open_split(cfg, "test", cfg.count)', 'open_split(cfg, "train", cfg.count)', "the error is of training images", "demo_that_misses or leaves_its_folder"),
+        ("train_tokenizer", "found.get(name, own)", "own", "--tokenizer is not read in stage tokenizer", "one_by_one"),
     ],
     "flextok": [
         ("draw", "u_null < cfg.null", "u_time < cfg.null", "the draw of the time decides who has no tokens", "both_stages_by_value or no_two_draws"),
@@ -194,6 +199,7 @@ FAULTS = {
         ("Encoder.forward", "first = patches.shape[1] if", "first = patches.shape[1] - 1 if", "the last patch counts as a register", "prefix_encoding or encoder"),
         ("Block.forward", "kv, mask[..., first:, :]", "kv, mask[..., :h.shape[1] - first, :]", "F5: the last block's registers see what patches see", "last_positions"),
         ("draw_index", "common.batch_size(cfg, stage)", "cfg.batch", "stage ar has the tokenizer's batch", "batch_of_its_own"),
+        ("use_checkpoint", "not of_words or", "True or", "--classes is ignored for a GPT that reads words", "not_what_a_checkpoint or bad or checkpoint"),
     ],
     "gpipe": [
         ("stage_dropout", "x * keep / (1 - p)", "x * keep", "dropout without 1 / (1 - p)", "dropout_by_value"),
@@ -222,6 +228,7 @@ FAULTS = {
         ("train", "opt.zero_grad()", "pass", "gradients add up over the steps", "by_value"),
         ("train", "samples.loss, step)", "samples.loss)", "dropout is alike at all steps of training", "by_value"),
         ("train", 'open_split(cfg, "test")', 'open_split(cfg, "train")', "the figure is of the training split", "demo_fails or by_value"),
+        ("build_pipeline", "common.world() > 1", "False", "replicas that time their layers cut elsewhere", "cut_alike"),
     ],
     "slimfit": [
         ("finetune", "opt.step()", "scheduler.measure(), opt.step()", "S11: distances are measured before the update, and stay 0", "by_value or by_hand or by_a_loop"),
@@ -247,6 +254,7 @@ FAULTS = {
         ("train", 'if not name.startswith("head.")', 'if name != "head."', "the head of the pre-training is fine-tuned", "by_value or by_hand"),
         ("saved_bytes", "sizes[storage.data_ptr()] = storage.nbytes()", "sizes[len(sizes)] = storage.nbytes()", "a storage with two views counts twice", "saved_bytes"),
         ("Norm.forward", "int(keep * x.numel())", "int(keep * x.shape[-1])", "S4: next to nothing is kept", "s4 or s8 or pruning"),
+        ("finetune", "cfg.resume and kept.exists()", "False", "a finished stage has lost what it measured", "demo_in_small"),
     ],
     "vitok": [
         ("draw", "torch.rand(B, generator=generator) < cfg.label_dropout", "torch.rand(1, generator=generator).expand(B) < cfg.label_dropout", "one draw decides for the whole batch who loses its label", "a_stage_draws"),
@@ -278,6 +286,8 @@ FAULTS = {
         ("reconstruct", 'open_split(cfg, "test", cfg.count)', 'open_split(cfg, "train", cfg.count)', "the PSNR is of training clips", "figures_and_pictures"),
         ("draw_samples", "make_generator(cfg.seed, first // 100,", "make_generator(cfg.seed, 0,", "every block of 100 samples has the same noise", "other_processes or export"),
         ("write_latents", 'square += codes["logvar"].double().exp().sum().item()', "pass", "the scale leaves the noise out", "export_and_decode"),
+        ("export_samples", "np.resize(chosen, cfg.count)", "np.repeat(chosen, cfg.count // len(chosen))", "--export draws fewer samples than --count says", "export_says"),
+        ("run_sweep", "< 3:", "< 1:", "a line is fitted through one point", "fits_no_line"),
     ],
 }
 

@@ -1032,7 +1032,7 @@ def test_a_frechet_distance_is_left_out_aloud_where_there_is_too_little(total, c
     arflow.prepare(cfg)
     said = capsys.readouterr().out
     assert f"test {total // 10}" in said
-    arflow.finish(common.Run(cfg), 0, None, cfg, arflow.open_split(cfg, "train"))
+    arflow.finish(common.Run(cfg), None, cfg, arflow.open_split(cfg, "train"))
     result = json.loads(Path("runs/arflow/few/result.json").read_text())
     assert result["N"] == N and 0 <= result["accuracy"] <= 1
     if N < 65:
@@ -1071,13 +1071,14 @@ def test_target_decides_the_exit_code(tmp_path, monkeypatch):
     monkeypatch.setattr(arflow, "sample_many", lambda *_: (torch.zeros(200, 3, 16, 16), torch.zeros(100, 9, 3, 16, 16)))
     monkeypatch.setattr(common, "judge", lambda *_: None)
     monkeypatch.setattr(common, "accuracy", lambda *_: 1.0)
-    small, total = arflow.open_split(cfg, "test", 400), cfg.steps
+    small = arflow.open_split(cfg, "test", 400)
     monkeypatch.setattr(arflow, "open_split", lambda *_: small)
-    for accuracy, changed, start, code in ((0.1, False, 0, 1), (0.99, False, 0, 0), (0.1, True, 0, 0), (0.1, False, total, 0)):
+    for accuracy, changed, trained, code in ((0.1, False, True, 1), (0.99, False, True, 0), (0.1, True, True, 0), (0.1, False, False, 0)):
+        monkeypatch.setattr(common.Run, "trained", trained)
         result = dict(N=1, accuracy=accuracy, distance=0.0, floor=0.0)
         monkeypatch.setattr(common, "measure_samples", lambda *_: result)  # noqa: B023
         now = dataclasses.replace(cfg, **(dict(seed=1) if changed else {}))
-        assert arflow.finish(common.Run(now), start, None, now, small) == code
+        assert arflow.finish(common.Run(now), None, now, small) == code
 
 
 @pytest.mark.parametrize("save, drawn", [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])])
@@ -1095,9 +1096,13 @@ def test_pictures_on_the_way_and_at_the_end(save, drawn, tmp_path, monkeypatch):
 def test_the_exit_code_is_that_of_the_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr(arflow, "finish", lambda run, start, *_: seen.append(start) or 7)
+    monkeypatch.setattr(arflow, "finish", lambda *_: seen.append(common.Run.trained) or 7)
     cfg = common.cli(arflow.Config, arflow.PRESETS, arflow.__doc__, TINY)
-    assert arflow.train(cfg) == arflow.train(dataclasses.replace(cfg, resume=True)) == 7 and seen == [0, 2]
+    for resume in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            common.launch(arflow.main, dataclasses.replace(cfg, resume=resume), arflow.check, arflow.prepare)
+        assert stop.value.code == 7
+    assert seen == [True, False]
 
 
 def test_ranks_share_the_samples(trained, tmp_path, monkeypatch, capsys):

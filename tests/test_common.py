@@ -267,6 +267,10 @@ def test_steps_of_stages(toy):
     assert steps("--preset", "big/2", "--steps", "70") == (70, 70, False)       # the preset's own number, but given
     assert steps("--preset", "big/2", "--steps", "8", "--steps_ae", "3") == (8, 3, False)
     assert steps("--preset", "big/2", "--steps_ae", "3") == (70, 3, False)
+    cfg = common.cli(staged.Config, staged.PRESETS, "", ["--preset", "big/2", "--name", "kept"])
+    common.write_json(common.folder(cfg) / "config.json", dataclasses.asdict(cfg))
+    for words, wanted in (([], (70, 5)), (["--steps", "80"], (80, 80)), (["--steps", "80", "--steps_ae", "6"], (80, 6)), (["--steps_ae", "6"], (70, 6))):
+        assert steps("--name", "kept", "--resume", *words)[:2] == wanted, words
 
 
 def test_batches_of_stages(toy, run):
@@ -497,6 +501,24 @@ def test_a_finished_run_prints_its_result(run):
     code, out, _ = run("--resume")
     assert code == 0 and out.splitlines()[-1] == first.splitlines()[-1] and "done" in out
     assert before == (Path("runs/toy/demo/last.pt").read_bytes(), Path("runs/toy/demo/log.jsonl").read_text())
+
+
+def test_an_empty_name_is_the_presets_when_resumed_as_well(run):
+    assert run("--steps", 2)[0] == 0 and run("--resume", "--name", "", "--steps", 4)[0] == 0
+    assert saved()["step"] == 4 and not Path("runs/toy/last.pt").exists()
+
+
+def test_a_finished_run_only_shows_its_result(run):
+    """By this flag the methods know that no target counts."""
+    assert run("--steps", 2)[0] == 0 and common.Run.trained
+    assert run("--resume")[0] == 0 and not common.Run.trained
+    assert run("--resume", "--steps", 3)[0] == 0 and common.Run.trained
+
+
+def test_an_empty_checkpoint_is_named_with_a_reason(run):
+    Path("empty.pt").touch()
+    code, _, err = run("--sample", "empty.pt")
+    assert code == 2 and is_one_line(err) and "(EOFError)" in err or "(Ran out of input)" in err, err
 
 
 def test_resume_without_a_run_is_refused(run):
@@ -1445,6 +1467,15 @@ def test_export_images_both_ways(tmp_path):
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
     assert names == [f"{i:06}.png" for i in range(5)]
     assert (decode(tmp_path / "folder/000003.png")[0][0] == wanted[3, :, :, :1]).all()
+    before = {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    with pytest.raises(common.UserError, match="holds pictures already"):       # five old ones beside two new ones
+        common.export_images(tmp_path / "folder", x[:2].split(2), 2)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "folder").iterdir()}
+    common.export_images(tmp_path / "x.npz", x[:2].split(2), 2)                 # a file is replaced whole
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (2, 4, 6, 3)
+    for place in ("x.npz/y", "x.npz/y.npz"):
+        with pytest.raises(OSError):                                            # which launch turns into one line and 2
+            common.export_images(tmp_path / place, iter([]), 0)
 
 
 def test_columns_and_prefixes(tmp_path):

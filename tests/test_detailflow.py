@@ -1846,7 +1846,7 @@ def test_every_option_trains(changes, tmp_path, monkeypatch):
     assert ("correction.png" in names) == changes.get("correct", True)
 
 
-def test_stages_one_by_one(trained, tmp_path, monkeypatch):
+def test_stages_one_by_one(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(*tiny(stage="tokenizer", steps=2))
     assert not (tmp_path / "runs/detailflow/demo/ar.pt").exists()
@@ -1854,6 +1854,7 @@ def test_stages_one_by_one(trained, tmp_path, monkeypatch):
     ours = torch.load("runs/detailflow/other/ar.pt", weights_only=True)["state"]["tokenizer"]
     theirs = torch.load(trained / "tokenizer.pt", weights_only=True)["state"]["tokenizer"]
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    stops(tiny(stage="tokenizer", steps=1, tokenizer=str(trained / "tokenizer.pt"), dim=6, name="misfit"), "does not fit (tokenizer", capsys)
     first = watched(monkeypatch, "loss_tokenizer")                      # starts from another run's weights
     run(*tiny(stage="tokenizer", steps=1, tokenizer=str(trained / "tokenizer.pt"), name="third"))
     assert torch.equal(first[0][0].encoder.queries.detach(), theirs["encoder.queries"])
@@ -2081,10 +2082,12 @@ def test_exported_teacher_from_a_file(tmp_path, monkeypatch):
 def test_the_demo_that_misses_its_target_exits_with_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "is_preset", lambda cfg, presets: True)
+    words = tiny(steps=1, stage="tokenizer", align=0, kmeans=0)
     for number, (error, codes, code) in enumerate(((1e9, 0, 0), (0.0, 0, 1), (1e9, 17, 1))):
         monkeypatch.setattr(detailflow, "TARGET", dict(error=error, codes=codes, accuracy=0.0))
         try:
-            run(*tiny(steps=1, stage="tokenizer", align=0, kmeans=0, name=f"n{number}"))
+            run(*words, "--name", f"n{number}")
             assert code == 0
         except SystemExit as stop:
             assert stop.code == code == 1
+    run("--resume", "--name", "n2")                                             # finished: it only shows its result

@@ -1568,6 +1568,7 @@ def test_tokens_go_out_and_come_back(trained, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argv, words", [
     (["demo/ar.pt", "--classes", "10"], "0 to 9"), (["demo/ar.pt", "--prompt", "red"], "never saw words"),
+    (["text/ar.pt", "--classes", "3"], "reads words, not classes"),
     (["demo/tokenizer.pt", "--prompt", "red"], "never saw words"), (["demo/ar.pt", "--head", "16"], "--head 16"),
     (["text/ar.pt", "--prompt", "two red circles"], "unknown words in 'two red circles'; known are: a "),
     (["text/ar.pt", "--prompt", "a " * 60], "has 60 words; at most"), (["demo/ar.pt", "--keep", "5"], "1 to 4")])
@@ -1743,3 +1744,4 @@ def test_the_demo_that_misses_its_target_exits_with_1(tmp_path, monkeypatch):
             assert code == 0
         except SystemExit as stop:
             assert stop.code == code == 1
+    run("--resume", "--name", "n5")                                             # finished: it only shows its result

@@ -9,6 +9,7 @@ import re
 import threading
 from collections import Counter
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -1351,6 +1352,24 @@ def test_the_demo_fails_below_its_target(preset, right, code, tmp_path, monkeypa
     cfg = common.cli(gpipe.Config, gpipe.PRESETS, gpipe.__doc__, SMALL)
     cfg.preset = preset
     assert gpipe.train(cfg) == code
+    common.Run.trained = False                                                  # as in a process of its own
+    assert gpipe.train(replace(cfg, resume=True)) == 0, "a finished run only shows its result"
+
+
+def test_replicas_that_time_their_layers_cut_alike(monkeypatch):
+    """Each finds sizes of its own; those of rank 0 count."""
+    cfg = common.cli(gpipe.Config, gpipe.PRESETS, gpipe.__doc__, [*SMALL, "--balance", "time", "--stages", "3"])
+    model = gpipe.build(cfg, gpipe.count_classes(cfg, gpipe.open_split(cfg, "train")))
+    L = len(model)
+    monkeypatch.setattr(gpipe, "layer_seconds", lambda *_: [1.0] * L)
+
+    def broadcast(sizes):
+        assert sum(sizes) == L and max(sizes) - min(sizes) < 2
+        sizes[:] = [1, 1, L - 2]
+
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    assert [len(stage) for stage in gpipe.build_pipeline(cfg, model).stages] == [1, 1, L - 2]
 
 
 def test_a_sample_goes_where_out_says(tmp_path, monkeypatch):
@@ -1390,7 +1409,7 @@ def test_plan_and_emulate(capsys, tmp_path, monkeypatch):
     out = capsys.readouterr().out
     # two boundaries, N = 32 samples of 1024 tokens and 2048 channels in fp32, there and back
     assert "emulated: idle" in out and f"{2 * 2 * 32 * 1024 * 2048 * 4 / 2**30:.2f} GiB a step between stages" in out
-    assert (tmp_path / "runs/gpipe/Transformer-13/timeline.svg").read_text().count("<rect") > 3 * 4 * 3
+    assert (tmp_path / "runs/gpipe/Transformer-13/emulated.svg").read_text().count("<rect") > 3 * 4 * 3
 
 
 def test_greedy_decoding_answers_with_a_trained_model(tmp_path):

@@ -1471,6 +1471,15 @@ def test_demo_in_small(tmp_path, monkeypatch, capsys):
     assert rows["full"]["snapshot"] == 0 < rows["rate-0.9"]["snapshot"]
     for name in ("active-rate-0.9.svg", "pretrain.pt", "full.pt", "rate-0.5.pt"):
         assert (folder / name).exists(), name
+    command("--resume")                                       # all finished: the same table, bytes and seconds included
+    assert json.loads((folder / "result.json").read_text()) == rows
+    assert out.splitlines()[-4:] == capsys.readouterr().out.splitlines()[-4:]
+    (folder / "rate-0.9.pt").unlink()                         # the first two are finished, the third begins
+    command("--resume")
+    again = json.loads((folder / "result.json").read_text())
+    for figures in (rows, again):
+        assert figures["rate-0.9"].pop("s a step") > 0
+    assert again == rows
 
 
 def test_heat_map_shows_who_trained(tmp_path):
@@ -1732,4 +1741,6 @@ def test_demo_fails_below_its_target(target, code, tmp_path, monkeypatch):
     monkeypatch.setattr(slimfit, "TARGET", target)
     cfg = common.cli(slimfit.Config, slimfit.PRESETS, slimfit.__doc__, [])
     assert (slimfit.main(cfg) or 0) == code
+    common.Run.trained = False                                # as in a process of its own
+    assert not slimfit.main(dataclasses.replace(cfg, resume=True)), "a finished run only shows its result"
     assert not slimfit.main(dataclasses.replace(cfg, lr=2e-3))

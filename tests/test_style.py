@@ -25,13 +25,13 @@ METHODS = list(TINY)
 FILES = [*METHODS, "common", "data"]
 CODE_LINES = {                                      # a line a file, so that changes do not collide
     "arflow": 457,
-    "common": 1186,
+    "common": 1197,
     "data": 1010,
-    "detailflow": 879,
-    "flextok": 898,
-    "gpipe": 985,
-    "slimfit": 829,
-    "vitok": 896,
+    "detailflow": 881,
+    "flextok": 901,
+    "gpipe": 987,
+    "slimfit": 834,
+    "vitok": 900,
 }
 BANNERS = ["Configuration", "Building blocks", "Model", "Objective", "Sampling", "Training", "Checks", "Command line"]
 FIFTH = {"gpipe": "Pipeline", "slimfit": "Scheduling"}                  # in the place of Sampling

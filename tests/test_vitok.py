@@ -1103,6 +1103,17 @@ def test_plan_prints_the_published_figures(capsys):
     assert lines["parameters"] == lines["encoder parameters"] + lines["decoder parameters"]
 
 
+def test_a_sweep_of_two_sizes_fits_no_line(tmp_path, monkeypatch, capsys):
+    """Three points, but of two values of E: two points lie on any line."""
+    monkeypatch.chdir(tmp_path)
+    run(*argv("vitok", steps=1, sweep="12x1x2-12x1x2/4:1,2 /2:1", count=12))
+    fitted = capsys.readouterr().out
+    assert fitted.count("dB per doubling") == 2, "E of three values, MACs of three"
+    run(*argv("vitok", steps=1, sweep="12x1x2-12x1x2/4:1,2", count=12, name="two"))
+    out = capsys.readouterr().out
+    assert out.count("no fit, for want of three values") == 2 and "doubling" not in out
+
+
 def test_sweep_prints_a_table_and_a_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     drawn = []
@@ -1174,9 +1185,12 @@ def test_figures_and_pictures_of_a_run_that_is_not_short(trained, monkeypatch, c
 def test_the_demos_target_counts_in_the_demo_alone(figures, code, monkeypatch, capsys):
     monkeypatch.setattr(common, "run_stages", lambda cfg, stages: None)
     monkeypatch.setattr(vitok, "report", lambda cfg, path: dict(zip(("psnr", "accuracy"), figures)))
+    monkeypatch.setattr(common.Run, "trained", True)
     demo = common.cli(vitok.Config, vitok.PRESETS, "", [])
     assert vitok.train(demo) == code and ("MISSED" in capsys.readouterr().out) == bool(code)
     assert vitok.train(dataclasses.replace(demo, seed=1)) == 0 and not capsys.readouterr().out
+    monkeypatch.setattr(common.Run, "trained", False)
+    assert vitok.train(demo) == 0, "a finished run only shows its result"
     monkeypatch.setattr(common, "rank", lambda: 1)
     assert vitok.train(demo) == 0
 
@@ -1275,13 +1289,13 @@ def test_samples_are_kept_where_export_says(name, frames, trained, monkeypatch):
     monkeypatch.chdir(trained)
     words = ["--sample", f"runs/vitok/{name}/dit.pt", "--count", "25", "--classes", "3,7"]
     run(*words, "--export", "drawn.npz")
-    run(*words, "--export", "drawn")
+    run(*words, "--export", f"drawn/{name}")
     kept = np.load("drawn.npz")["arr_0"]
-    assert kept.shape == (24 * frames, 8, 8, 3) and len(list((trained / "drawn").glob("*.png"))) == 24 * frames
+    assert kept.shape == (25 * frames, 8, 8, 3) and len(list((trained / "drawn" / name).glob("*.png"))) == 25 * frames
     cfg = common.cli(vitok.Config, vitok.PRESETS, "", words)
     tokenizer, generator, names = vitok.load(cfg, cfg.sample)
     assert names == data.SHAPES
-    labels = torch.tensor([3] * 12 + [7] * 12)
+    labels = torch.tensor([3, 7] * 12 + [3])
     z = vitok.sample(generator, labels, common.make_generator(0, 0, "sample"), 3, 2.0)
     want = common.to_uint8(vitok.as_frames(tokenizer.decoder(z))).permute(0, 2, 3, 1)
     assert (kept == want.numpy()).all()
