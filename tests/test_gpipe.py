@@ -1361,15 +1361,18 @@ def test_replicas_that_time_their_layers_cut_alike(monkeypatch):
     cfg = common.cli(gpipe.Config, gpipe.PRESETS, gpipe.__doc__, [*SMALL, "--balance", "time", "--stages", "3"])
     model = gpipe.build(cfg, gpipe.count_classes(cfg, gpipe.open_split(cfg, "train")))
     L = len(model)
-    monkeypatch.setattr(gpipe, "layer_seconds", lambda *_: [1.0] * L)
+    monkeypatch.setattr(gpipe, "layer_seconds", lambda *_: [9.0] + [1.0] * (L - 1))
+    mine = []
 
     def broadcast(sizes):
-        assert sum(sizes) == L and max(sizes) - min(sizes) < 2
-        sizes[:] = [1, 1, L - 2]
+        assert sum(sizes) == L
+        mine.append(list(sizes))
+        sizes.reverse()
 
     monkeypatch.setattr(common, "world", lambda: 2)
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
-    assert [len(stage) for stage in gpipe.build_pipeline(cfg, model).stages] == [1, 1, L - 2]
+    sizes = [len(stage) for stage in gpipe.build_pipeline(cfg, model).stages]
+    assert [sizes] == [own[::-1] for own in mine] and sizes not in mine
 
 
 def test_a_sample_goes_where_out_says(tmp_path, monkeypatch):
