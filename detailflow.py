@@ -934,6 +934,7 @@ def train_tokenizer(cfg):
     if cfg.tokenizer:                       # the file may hold a part alone, such as SigLIP2's weights
         found = common.read_checkpoint(cfg.tokenizer, "detailflow")["state"]["tokenizer"]
         whole = {name: found.get(name, own) for name, own in model.state_dict().items()}
+        common.require(found.keys() & whole.keys(), f"{cfg.tokenizer}: holds no weight of this tokenizer")
         common.load_into({"tokenizer": model}, {"state": {"tokenizer": whole}}, cfg.tokenizer)
     common.load_init(run, model, "tokenizer")
     opt = optimizer_tokenizer(model, disc, cfg)

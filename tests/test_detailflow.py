@@ -1855,6 +1855,10 @@ def test_stages_one_by_one(trained, tmp_path, monkeypatch, capsys):
     theirs = torch.load(trained / "tokenizer.pt", weights_only=True)["state"]["tokenizer"]
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     stops(tiny(stage="tokenizer", steps=1, tokenizer=str(trained / "tokenizer.pt"), dim=6, name="misfit"), "does not fit (tokenizer", capsys)
+    other = torch.load(trained / "tokenizer.pt", weights_only=True)
+    other["state"]["tokenizer"] = {"elsewhere": torch.zeros(1)}
+    torch.save(other, "other.pt")
+    stops(tiny(stage="tokenizer", steps=1, tokenizer="other.pt", name="nothing"), "holds no weight of this tokenizer", capsys)
     first = watched(monkeypatch, "loss_tokenizer")                      # starts from another run's weights
     run(*tiny(stage="tokenizer", steps=1, tokenizer=str(trained / "tokenizer.pt"), name="third"))
     assert torch.equal(first[0][0].encoder.queries.detach(), theirs["encoder.queries"])

@@ -27,7 +27,7 @@ CODE_LINES = {                                      # a line a file, so that cha
     "arflow": 457,
     "common": 1197,
     "data": 1010,
-    "detailflow": 881,
+    "detailflow": 882,
     "flextok": 901,
     "gpipe": 987,
     "slimfit": 834,
