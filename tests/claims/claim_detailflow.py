@@ -236,7 +236,7 @@ def prefixes(scale):
             "paper": "rFID falls with n (Fig. 4b, unread)",
             "measured": f"PSNR in dB at n = 1, 2, 4, 8, 12, 16 of {cfg.tokens}: {text}; up to n = N/2 ahead by "
             f"at least {own[:, :half].min():.1f} dB on own targets, by {full[:, :half].mean():.1f} on average on full "
-            f"images, at N {full[:, -1].mean():+.2f}",
+            f"images, at N {full[:, -1].mean():+.2f} (n = {len(seeds(scale))})",
             "verdict": both(own[:, :half].min(1).tolist(), full[:, :half].mean(1).tolist(), large=2),
             "numbers": {"n": counts, "psnr": curves}}
 

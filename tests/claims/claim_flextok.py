@@ -193,6 +193,11 @@ def curves(results, digits=3):
     return "; ".join(f"{name}: " + ", ".join(f"{v:.{digits}g}" for v in np.mean(rs, 0)) for name, rs in results.items())
 
 
+def of(scale):
+    """How many seeds a mean is of, as `spread` says it."""
+    return f" (n = {len(seeds(scale))})"
+
+
 def judged(shown, reverse=False):
     """A verdict on the row's rule, and on the rule for the contrary; the table tells the number of seeds.
 
@@ -226,7 +231,7 @@ def any_length(scale):
                       "what a prefix knows", "tokens k", "one-step MSE", logx=True)
     shown = below(at(mse["nested"], 0), at(mse["always R"], 0), 0.8)
     return {"claim": "C1: every prefix is plausible; nested dropout makes short ones good", "paper": "1 to 256 tokens, curve unread",
-            "measured": f"k = {ks}, one-step MSE {curves(mse)}; FD {curves(fd)}; real against real {floor(cfg):.2f}",
+            "measured": f"k = {ks}, one-step MSE {curves(mse)}; FD {curves(fd)}; real against real {floor(cfg):.2f}{of(scale)}",
             "verdict": judged(shown), "numbers": {"k": ks, "mse": mse, "fd": fd}}
 
 
@@ -243,7 +248,7 @@ def flow_or_regression(scale):
             fd[name].append([distance(cfg, y) for y in drawn])
             rough[name].append([roughness(y) / roughness(x) for y in drawn])
     return {"claim": "C2: a flow decoder stays sharp where tokens are few", "paper": "rFID 51.3 (MSE) to 32.9 (flow), 2-D tokens",
-            "measured": f"k = {lengths(config(scale))}, FD {curves(fd)}; high-frequency energy over the data's {curves(rough, 2)}",
+            "measured": f"k = {lengths(config(scale))}, FD {curves(fd)}; high-frequency energy over the data's {curves(rough, 2)}{of(scale)}",
             "verdict": judged(below(at(fd["flow"], 0), at(fd["regression"], 0), 0.8)), "numbers": {"fd": fd, "high frequency": rough}}
 
 
@@ -349,7 +354,7 @@ def text(scale):
     shown = best[3] > 2 * first[3] and best[0] > 0.5
     return {"claim": "C6, C7: captions are followed, and more tokens follow them further", "paper": "saturates at 256 tokens",
             "measured": f"colour, ground, shape, all three: {curves(results, 2)}; the reader on real images "
-            + ", ".join(f"{v:.2f}" for v in ceiling),
+            + ", ".join(f"{v:.2f}" for v in ceiling) + of(scale),
             "verdict": judged(shown),
             "numbers": {"results": results, "ceiling": ceiling}}
 
@@ -434,7 +439,7 @@ def laws(scale):
             results[law].append(errors(model, cfg, *test_images(cfg, model)))
     shown = below(at(results["pow2"], 0), at(results["uniform"], 0), 0.8)
     return {"claim": "C9: powers of two teach the first tokens better than a uniform law", "paper": "pow2 is the published law",
-            "measured": f"one-step MSE at k = {lengths(cfg)}: {curves(results)}",
+            "measured": f"one-step MSE at k = {lengths(cfg)}: {curves(results)}{of(scale)}",
             "verdict": judged(shown), "numbers": results}
 
 
@@ -449,7 +454,7 @@ def alignment(scale):
             results[name].append([distance(cfg, flextok.decode_tokens(model, cfg, ids[:, :k])) for k in lengths(cfg)])
     shown = below(at(results["REPA"], -1), at(results["none"], -1), 0.8)
     return {"claim": "C10: REPA trains faster", "paper": "rFID 23.28 to 5.98", "measured":
-            f"FD at k = {lengths(cfg)}: {curves(results)}",
+            f"FD at k = {lengths(cfg)}: {curves(results)}{of(scale)}",
             "verdict": judged(shown, below(at(results["none"], -1), at(results["REPA"], -1), 0.8)), "numbers": results}
 
 
@@ -487,7 +492,7 @@ def scaling(scale):
     small, large = (np.mean(results[f"depth {n}"], 0) for n in (1, 4))
     shown = small[-1] > 1.2 * large[-1] and small[0] < 1.2 * large[0]
     return {"claim": "C12: at few tokens the size of the GPT hardly matters, at many it does", "paper": "figure unread",
-            "measured": f"gFD at k = {lengths(cfg)}: {curves(results)}",
+            "measured": f"gFD at k = {lengths(cfg)}: {curves(results)}{of(scale)}",
             "verdict": judged(shown), "numbers": results}
 
 

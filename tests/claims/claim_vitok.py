@@ -278,7 +278,7 @@ def channels_and_generation(scale):
                      f"in class {mean(c, 'CFG 4', 'accuracy'):.2f})" for c in few)
     return {"claim": "generation does not follow E: many channels are hard to generate",
             "paper": "gFID at CFG 1.5, p 16: c 4, 8, 16, 32, 64: 10.8, 6.8, 6.1, 8.2, 15.0",
-            "measured": f"{text}; best c = {', '.join(str(best(row)) for row in rows)}; {COUNT[scale]} samples",
+            "measured": f"{text}; best c = {', '.join(str(best(row)) for row in rows)}; {COUNT[scale]} samples (n = {len(rows)})",
             "verdict": every(rows, lambda row: best(row) in few[1:-1] and row[best(row)]["CFG 4"]["accuracy"] >= 0.5),
             "numbers": rows}
 
@@ -396,7 +396,7 @@ def video_tokens(scale):
     mean = {qp: {key: np.mean([row[qp][key] for row in rows]) for key in rows[0][qp]} for qp in rows[0]}
     return {"claim": "class-conditional video: more tokens generate better", "paper": "gFVD 27, 53, 92 for 4x8, 8x8, 4x16",
             "measured": "; ".join(f"{qp}: frame FD {m['gFD']:.1f}, in class {m['accuracy']:.2f}, motion off by {m['motion']:.2f} "
-                                  f"grey levels" for qp, m in mean.items()),
+                                  f"grey levels" for qp, m in mean.items()) + f" (n = {len(rows)})",
             "verdict": every(rows, lambda row: row["2x8"]["gFD"] < row["4x8"]["gFD"] and row["2x8"]["accuracy"] >= 0.5),
             "numbers": rows}
 
@@ -423,7 +423,7 @@ def losses(scale):
     return {"claim": "perceptual and GAN losses trade PSNR and SSIM for the distance",
             "paper": "rFID 9.82, 2.16, 1.58, .56; PSNR 26.1, 26.5, 26.1, 25.1; SSIM .824, .795, .790, .767",
             "measured": "; ".join(f"{name}: FD {m['FD']:.1f}, PSNR {m['psnr']:.2f}, SSIM {m['ssim']:.3f}"
-                                  for name, m in mean.items()) + f"; floor {mean['eta 0']['floor']:.1f}",
+                                  for name, m in mean.items()) + f"; floor {mean['eta 0']['floor']:.1f} (n = {len(rows)})",
             "verdict": every(rows, rule), "numbers": rows}
 
 
