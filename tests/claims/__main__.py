@@ -78,7 +78,7 @@ def pages(stored):
         for key, row in content["rows"].items():
             here = row["measured"].replace(" (n = 1)", "").replace("; ", "<br>")
             if row["verdict"] in OPEN:
-                here += f"<br>*To show it would take:* {needed.get(key, "not said yet")}"
+                here += f"<br>*To show it would take:* {needed.get(key, 'not said yet')}"
             count = 3 if "n = 3" in row["measured"] else 1 if row["verdict"] != "not run" else "-"      # a timing has no seeds
             parts.append(f"| {row['claim']} | {row['paper']} | {here} | {count} | {row['verdict']} |")
         for figure in sorted((ROOT / "assets").glob(f"{name}_*.svg")):
