@@ -1338,9 +1338,9 @@ def use_checkpoint(cfg):
     Processes share the work of --encode and --export; one draws pictures.
     """
     gpt = load_gpt(cfg, cfg.sample)
-    reads_words = gpt and gpt.is_text and not cfg.text
-    common.require(reads_words or cfg.prompt == "captions", f"--prompt: {cfg.sample} never saw words")
     of_words = gpt and gpt.is_text
+    reads_words = of_words and not cfg.text
+    common.require(reads_words or cfg.prompt == "captions", f"--prompt: {cfg.sample} never saw words")
     common.require(not of_words or cfg.classes == "all", f"--classes: {cfg.sample} reads words, not classes")
     where = common.sample_folder(cfg)
     if cfg.encode:

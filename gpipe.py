@@ -1249,7 +1249,7 @@ def build_pipeline(cfg, model):
     """The model on its stages."""
     torch.set_num_threads(1)                # inside a stage, so that no number depends on K
     devices = stage_devices(cfg)
-    sizes = list(stage_sizes(cfg, model, len(devices)))
+    sizes = stage_sizes(cfg, model, len(devices))
     if common.world() > 1:
         torch.distributed.broadcast_object_list(sizes)          # each replica has timed its layers itself
     if common.rank() == 0:

@@ -31,9 +31,9 @@ def node(where, port, *words):
     return subprocess.Popen(command, cwd=where, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def meeting_place(port):
+def meeting_place():
     """A store that outlives both nodes: hosted by one of them, it ends with that one, and the other, a moment later, fails."""
-    return torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    return torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
 
 
 def workers(launcher):
@@ -45,9 +45,8 @@ def workers(launcher):
 
 @pytest.mark.optional
 def test_two_nodes_one_loses_its_worker_and_the_run_goes_on(tmp_path, monkeypatch):
-    port = 21000 + os.getpid() % 20000
-    stores = [meeting_place(port), meeting_place(port + 1)]
-    first = [node(tmp_path, port, *WORDS, "--name", "nodes") for _ in range(2)]
+    stores = [meeting_place(), meeting_place()]
+    first = [node(tmp_path, stores[0].port, *WORDS, "--name", "nodes") for _ in range(2)]
     log = tmp_path / "runs/arflow/nodes/log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 5):
@@ -60,7 +59,7 @@ def test_two_nodes_one_loses_its_worker_and_the_run_goes_on(tmp_path, monkeypatc
     assert all(launcher.returncode for launcher in first)
     monkeypatch.chdir(tmp_path)
     assert 10 <= checkpoints("arflow", "nodes")["last.pt"]["step"] < STEPS
-    second = [node(tmp_path, port + 1, "--resume", "--name", "nodes") for _ in range(2)]
+    second = [node(tmp_path, stores[1].port, "--resume", "--name", "nodes") for _ in range(2)]
     said = [launcher.communicate(timeout=240) for launcher in second]
     assert [launcher.returncode for launcher in second] == [0, 0], said
     assert all(store.num_keys() for store in stores), "both runs met there"

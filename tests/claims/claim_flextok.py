@@ -719,7 +719,7 @@ ROWS = [stored, cache, any_length, flow_or_regression, flat, fixed_lengths, text
 LONG = [released]                                    # in a quick look only when named: it wants the authors' package
 # Of rows that are not shown: what it would take. A judgement, untested.
 NEEDED = {
-    "flat": "tokens of which a few tell the shape: here that takes all eight, and a grid of nine is no longer than they are",
+    "flat": "tokens of which a few tell the shape: here that takes all eight, and a grid of nine is hardly longer",
     "fixed_lengths": "training to the end: at this length a tokenizer for one K has seen its K sixteen times as often",
     "text": "a GPT whose samples hold all that their caption names twice as often with all tokens as with one",
     "complexity": "more tokens than one object needs: here both kinds still gain at the last",
